@@ -1,0 +1,185 @@
+"""Any registered Gymnasium environment as a batch: :class:`GymnasiumBatchEnv`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError
+
+
+class Freezable(gymnasium.Wrapper):
+    """Lets a vector environment skip this environment: the action becomes ``(live, action)``.
+
+    A vector environment steps every sub-environment, and in the mode used here resets one without a seed in the step
+    after it ended. Both are answered with the last observation, without touching the environment.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        """Wrap ``env``."""
+        super().__init__(env)
+        self.action_space = gymnasium.spaces.Tuple((Discrete(2), env.action_space))
+        self._last: Any = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset where there is a seed; the vector environment's own reset has none and does nothing."""
+        if seed is not None:
+            self._last, _ = self.env.reset(seed=seed, options=options)
+        return self._last, {}
+
+    def step(self, action: tuple[int, Any]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Step if ``action[0]`` says that the slot is live."""
+        if not action[0]:
+            return self._last, 0.0, False, False, {}
+        self._last, reward, terminated, truncated, _ = self.env.step(action[1])
+        return self._last, float(reward), terminated, truncated, {}
+
+
+class GymnasiumBatchEnv(BatchEnv):
+    """A Gymnasium environment on the CPU, one Python object per slot.
+
+    Observations that are not a one-dimensional ``Box`` and actions that are a ``Box`` of any shape are flattened; a
+    ``Discrete`` action space is shown as starting at 0. An observation that is not finite ends its slot: reward 0, and
+    the slot keeps showing its last finite observation.
+    """
+
+    def __init__(
+        self, env_id: str, num_envs: int, kwargs: Mapping[str, Any], vectorization_mode: str = "sync"
+    ) -> None:
+        """Make the environments.
+
+        Args:
+            env_id: a registered Gymnasium id.
+            num_envs: ``S``.
+            kwargs: the keyword arguments of ``gymnasium.make``.
+            vectorization_mode: ``"sync"`` (one after the other) or ``"async"`` (a process each).
+
+        Raises:
+            UnsupportedEnvironmentError: it cannot be made, or has spaces that cannot be used.
+        """
+        if vectorization_mode not in ("sync", "async"):
+            raise UnsupportedEnvironmentError(f"vectorization_mode is 'sync' or 'async', not {vectorization_mode!r}")
+        try:
+            self._envs = gymnasium.make_vec(
+                env_id,
+                num_envs,
+                vectorization_mode,
+                vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP},
+                wrappers=[_flatten, Freezable],
+                disable_env_checker=True,
+                **kwargs,
+            )
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise UnsupportedEnvironmentError(f"{env_id} needs a package that is missing: {_line(error)}") from error
+        except Exception as error:
+            raise UnsupportedEnvironmentError(f"{env_id} cannot be made: {_line(error)}") from error
+        self.env_id = env_id
+        self.kwargs = dict(kwargs)
+        self.num_envs = num_envs
+        self.max_episode_steps = _time_limit(env_id, kwargs)
+        self.alive_bonus = 0.0
+        self.device = torch.device("cpu")
+        self.backend = "gymnasium"
+        self.diverged = torch.zeros(num_envs, dtype=torch.bool)
+        try:
+            self.observation_space = _flat_box(env_id, self._envs.single_observation_space)
+            self._inner_action_space = _supported_action_space(env_id, self._envs.single_action_space)
+        except UnsupportedEnvironmentError:
+            self.close()
+            raise
+        self.action_space = _shown_action_space(self._inner_action_space)
+        self._observation = np.zeros((num_envs, *self.observation_space.shape), self.observation_space.dtype)
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See :meth:`BatchEnv.reset`."""
+        rows = np.ones(self.num_envs, np.bool_) if mask is None else mask.numpy()
+        if rows.any():
+            chosen = [int(seed) if row else None for seed, row in zip(seeds, rows, strict=True)]
+            options = {"reset_mask": rows.copy()}
+            observation, _ = self._call("reset", seed=chosen, options=options)
+            self._observation[rows] = observation[rows]
+        return torch.from_numpy(self._observation.copy())
+
+    def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :meth:`BatchEnv.step`."""
+        expected = (self.num_envs, *(self.action_space.shape or ()))
+        if action.shape != expected:
+            raise ValueError(f"{self.env_id}: actions must have shape {expected}, got {tuple(action.shape)}")
+        mask = np.ones(self.num_envs, np.bool_) if live is None else live.numpy()
+        actions = self._inner_actions(action, mask)
+        observation, reward, terminated, truncated, _ = self._call("step", (mask.astype(np.int64), actions))
+        diverged = mask & ~np.isfinite(observation).all(1)
+        moved = mask & ~diverged
+        self._observation[moved] = observation[moved]
+        self.diverged = torch.from_numpy(diverged)
+        return (
+            torch.from_numpy(self._observation.copy()),
+            torch.from_numpy(np.where(moved, reward, 0.0)),
+            torch.from_numpy((terminated & mask) | diverged),
+            torch.from_numpy(truncated & mask),
+        )
+
+    def close(self) -> None:
+        """See :meth:`BatchEnv.close`."""
+        self._envs.close()
+
+    def _inner_actions(self, action: Tensor, mask: NDArray[np.bool_]) -> NDArray[Any]:
+        """The actions as the environment takes them; those of frozen slots are replaced by one that is valid."""
+        space = self._inner_action_space
+        if isinstance(space, Discrete):
+            return np.where(mask, action.numpy(), 0) + space.start
+        actions = np.where(mask[:, None], action.detach().numpy(), 0.0).astype(space.dtype)
+        return actions.reshape(self.num_envs, *space.shape)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the vector environment; an exception becomes one that names the environment."""
+        try:
+            return getattr(self._envs, method)(*args, **kwargs)
+        except Exception as error:
+            raise EnvironmentFailureError(f"{self.env_id}: {type(error).__name__}: {error}") from error
+
+
+def _flatten(env: gymnasium.Env) -> gymnasium.Env:
+    """Make observations one-dimensional arrays."""
+    space = env.observation_space
+    if isinstance(space, Box) and len(space.shape) == 1:
+        return env
+    return gymnasium.wrappers.FlattenObservation(env)
+
+
+def _flat_box(env_id: str, space: gymnasium.Space) -> Box:
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise UnsupportedEnvironmentError(f"{env_id}: observations of {space} have no fixed flat form")
+    return space
+
+
+def _supported_action_space(env_id: str, space: gymnasium.Space) -> Box | Discrete:
+    """The environment's action space, taken out of what :class:`Freezable` made of it."""
+    inner = space[1] if isinstance(space, gymnasium.spaces.Tuple) else space
+    if isinstance(inner, Discrete) or (isinstance(inner, Box) and np.issubdtype(inner.dtype, np.floating)):
+        return inner
+    raise UnsupportedEnvironmentError(f"{env_id}: actions must be Discrete or a floating point Box, not {inner}")
+
+
+def _shown_action_space(space: Box | Discrete) -> Box | Discrete:
+    if isinstance(space, Discrete):
+        return Discrete(int(space.n))
+    return Box(space.low.ravel(), space.high.ravel(), dtype=space.dtype.type)
+
+
+def _time_limit(env_id: str, kwargs: Mapping[str, Any]) -> int | None:
+    limit = kwargs.get("max_episode_steps") or gymnasium.spec(env_id.rpartition(":")[2]).max_episode_steps
+    return None if limit == -1 else limit
+
+
+def _line(error: Exception) -> str:
+    """The first line of an exception's message."""
+    return str(error).strip().partition("\n")[0]

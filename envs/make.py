@@ -1,0 +1,107 @@
+"""Choose the backend of an environment id: :func:`make_env`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+import gymnasium
+import torch
+
+from .base import BatchEnv, UnsupportedEnvironmentError
+from .classic import CLASSIC_TASKS
+from .gymnasium_adapter import GymnasiumBatchEnv
+from .mujoco_tasks import MUJOCO_TASKS
+from .native import NativeBatchEnv, build_task
+from .torch_env import TorchBatchEnv
+
+NAMESPACE = "es_flipout/"
+
+
+def native_env_ids() -> dict[str, str]:
+    """The ids with an implementation of our own, each with its backend (``"torch"`` or ``"mujoco"``)."""
+    return {**dict.fromkeys(CLASSIC_TASKS, "torch"), **dict.fromkeys(MUJOCO_TASKS, "mujoco")}
+
+
+def make_env(
+    env_id: str,
+    num_envs: int,
+    device: str | torch.device = "cpu",
+    *,
+    threads: int | None = None,
+    vectorization_mode: str = "sync",
+    **kwargs: Any,
+) -> BatchEnv:
+    """Make a batch of environments, with our own implementation of ``env_id`` where there is one.
+
+    Args:
+        env_id: a Gymnasium id; the prefix ``es_flipout/`` of the vector environments is allowed.
+        num_envs: the number of slots.
+        device: where the tensors live; only the torch backend runs elsewhere than on the CPU.
+        threads: physics threads of the MuJoCo backend, by default one per usable core. Others ignore it.
+        vectorization_mode: ``"sync"`` or ``"async"`` (a process per slot), for ids without our own implementation.
+        **kwargs: as for ``gymnasium.make(env_id, **kwargs)``.
+
+    Raises:
+        UnsupportedEnvironmentError: the id, a keyword, a space or the device is not supported.
+        ValueError: ``num_envs`` is not positive.
+    """
+    env_id = env_id.removeprefix(NAMESPACE)
+    if env_id in native_env_ids():
+        return make_native_env(env_id, num_envs, device, threads=threads, **kwargs)
+    _check_size(num_envs)
+    _require_cpu(env_id, device)
+    _require_registered(env_id)
+    return GymnasiumBatchEnv(env_id, num_envs, kwargs, vectorization_mode)
+
+
+def make_native_env(
+    env_id: str, num_envs: int, device: str | torch.device = "cpu", *, threads: int | None = None, **kwargs: Any
+) -> NativeBatchEnv:
+    """As :func:`make_env`, for the ids of :func:`native_env_ids`."""
+    _check_size(num_envs)
+    if env_id in CLASSIC_TASKS:
+        task = build_task(CLASSIC_TASKS[env_id], env_id, kwargs)
+        return TorchBatchEnv(env_id, task, num_envs, kwargs, torch.device(device))
+    _require_cpu(env_id, device)
+    task = build_task(MUJOCO_TASKS[env_id], env_id, kwargs)
+    try:
+        from .mujoco_cpu import MujocoBatchEnv
+    except ImportError as error:
+        raise UnsupportedEnvironmentError(f"{env_id} needs MuJoCo: pip install mujoco ({error})") from error
+    return MujocoBatchEnv(env_id, task, num_envs, kwargs, threads)
+
+
+def _check_size(num_envs: int) -> None:
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+
+
+def _require_cpu(env_id: str, device: str | torch.device) -> None:
+    if torch.device(device).type != "cpu":
+        raise UnsupportedEnvironmentError(f"{env_id} runs on the CPU only; ask for device='cpu', not {str(device)!r}")
+
+
+def _require_registered(env_id: str) -> None:
+    """Raise unless ``env_id`` (``module:id`` to import a module first) is registered."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UnsupportedEnvironmentError(f"{env_id}: cannot import {module} ({error})") from error
+    if name not in gymnasium.registry:
+        raise UnsupportedEnvironmentError(f"unknown environment {name!r}{_suggestion(name)}")
+
+
+def _suggestion(name: str) -> str:
+    """``; did you mean ...?`` with the nearest registered ids, the newest version of each, or nothing."""
+    newest: dict[str, str] = {}
+    specs = [spec for spec in gymnasium.registry.values() if spec.namespace is None]
+    for spec in sorted(specs, key=lambda spec: spec.version or 0):
+        newest[spec.name.lower()] = spec.id
+        newest[spec.id.lower()] = spec.id
+    near = difflib.get_close_matches(name.lower(), newest, n=6)
+    ids = list(dict.fromkeys(newest[match] for match in near))[:3]
+    return f"; did you mean {' or '.join(ids)}?" if ids else ""

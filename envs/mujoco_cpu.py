@@ -1,0 +1,195 @@
+"""MuJoCo tasks on the CPU, the physics in MuJoCo's own thread pool: :class:`MujocoBatchEnv`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from gymnasium.envs.mujoco.mujoco_env import expand_model_path
+from mujoco.batch import Batch, SimulationError
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .base import EnvironmentFailureError
+from .mujoco_contact import ContactForceBatch
+from .mujoco_tasks import ModelFacts, MujocoTask
+from .native import NativeBatchEnv
+
+_BAD_STATE = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADCTRL) + 1)
+_STAGE_NONE = int(mujoco.mjtStage.mjSTAGE_NONE)
+
+
+def usable_cores() -> int:
+    """The number of cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load_model(xml_file: str) -> mujoco.MjModel:
+    """Load a model as Gymnasium does; a plain file name is one of Gymnasium's assets.
+
+    MuJoCo writes its warnings to stderr and to a file in the working directory. Those that matter here (a state that is
+    not finite) are reported as ``diverged``, so they are silenced for the process, unless it has a handler of its own.
+    """
+    if mujoco.get_mju_user_warning() is None:
+        mujoco.set_mju_user_warning(_ignore_warning)
+    return mujoco.MjModel.from_xml_path(expand_model_path(xml_file))
+
+
+def _ignore_warning(message: str) -> None:
+    del message
+
+
+def model_facts(model: mujoco.MjModel) -> ModelFacts:
+    """What the tasks need to know of ``model``, as NumPy arrays."""
+    body_ids = {model.body(index).name: index for index in range(model.nbody)}
+    return ModelFacts(model.opt.timestep, model.qpos0.copy(), model.nv, model.body_mass.copy(), body_ids)
+
+
+def action_space(model: mujoco.MjModel) -> gymnasium.spaces.Box:
+    """The actuators' ranges as Gymnasium gives them."""
+    low, high = model.actuator_ctrlrange.astype(np.float32).T
+    return gymnasium.spaces.Box(low, high, dtype=np.float32)
+
+
+class MujocoBatchEnv(NativeBatchEnv):
+    """A MuJoCo task on the CPU, equal to Gymnasium's to the bit.
+
+    A slot whose state stops being finite (MuJoCo counts a warning and resets it) terminates with reward 0 and shows the
+    model's reference state until it is reset. The tensors that :meth:`step` and :meth:`reset` return are the caller's.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        task: MujocoTask,
+        num_envs: int,
+        kwargs: Mapping[str, object],
+        threads: int | None = None,
+    ) -> None:
+        """Load the model and make the simulations.
+
+        Args:
+            env_id: the Gymnasium id.
+            task: the task, already built from ``kwargs``.
+            num_envs: ``S``.
+            kwargs: the keyword arguments of ``gymnasium.make`` that select this variant.
+            threads: physics threads, by default one per usable core; the results do not depend on it.
+        """
+        self._describe(env_id, kwargs, num_envs, torch.device("cpu"))
+        model = load_model(task.xml_file)
+        if not task.islands_matter and task.xml_file == type(task).xml_file:
+            # one block of constraints instead of one per island: the same result, faster for these small models
+            model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_ISLAND)
+        threads = min(threads or usable_cores(), num_envs)
+        derived = task.derived_fields()
+        batch_class = ContactForceBatch if "cfrc_ext" in derived else Batch
+        self._batch = batch_class(model, num_envs, nthread=threads)
+        self._task = task
+        self._model = model_facts(model)
+        self._fields: dict[str, NDArray[np.float64]] = {
+            name: self._batch.bind(name) for name in ("qpos", "qvel", "ctrl", *derived)
+        }
+        self._elapsed = np.zeros(num_envs, np.int64)
+        self._no_slot = torch.zeros(num_envs, dtype=torch.bool)
+        self._batch.reset()
+        observation_shape = self._observe().shape[1:]
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, observation_shape, np.float64)
+        self.action_space = action_space(model)
+        self.alive_bonus = task.alive_bonus()
+        self.backend = "mujoco"
+        self.diverged = self._no_slot
+
+    def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        """See :meth:`NativeBatchEnv.draw_start`; positions, then velocities."""
+        return np.concatenate(self._task.start(rng, self._model))
+
+    def restart(self, rows: NDArray[np.intp], starts: NDArray[np.float64]) -> Tensor:
+        """See :meth:`NativeBatchEnv.restart`."""
+        if len(rows):
+            qpos, qvel = np.split(starts, [self._model.qpos0.size], axis=1)
+            self._batch.reset(rows, stage=_STAGE_NONE)
+            self._fields["qpos"][rows] = qpos
+            self._fields["qvel"][rows] = qvel
+            self._batch.forward(rows)
+            self._elapsed[rows] = 0
+        return torch.from_numpy(self._observe())
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :meth:`BatchEnv.step`."""
+        task, model, fields = self._task, self._model, self._fields
+        mask = None if live is None else live.numpy()
+        frozen = None if mask is None or mask.all() else ~mask
+        actions = self._actions(action)
+        before = task.before(np, model, fields).copy()
+        fields["ctrl"][...] = actions
+        try:
+            self._batch.step(None if frozen is None else mask, nstep=task.frame_skip)
+        except SimulationError as error:
+            raise EnvironmentFailureError(f"{self.env_id}: {error}") from error
+        observation = self._observe()
+        reward, terminated = task.outcome(np, model, fields, before, actions)
+        if terminated is None:
+            terminated = np.zeros(self.num_envs, np.bool_)
+        if frozen is not None:
+            reward[frozen] = 0.0
+            terminated[frozen] = False
+        # the sum tells whether any number of the whole batch is not finite; MuJoCo warns of actions that are not
+        if np.count_nonzero(self._batch.warning) or not math.isfinite(observation.sum()):
+            observation = self._contain(observation, reward, terminated, frozen)
+        else:
+            self.diverged = self._no_slot
+        truncated = self._count_step(frozen)
+        return (
+            torch.from_numpy(observation),
+            torch.from_numpy(reward),
+            torch.from_numpy(terminated),
+            torch.from_numpy(truncated),
+        )
+
+    def _actions(self, action: Tensor) -> NDArray[np.floating]:
+        """The actions in NumPy, in their own dtype where NumPy and Gymnasium know it."""
+        if action.shape != self._fields["ctrl"].shape:
+            expected = self._fields["ctrl"].shape
+            raise ValueError(f"{self.env_id}: actions must have shape {expected}, got {tuple(action.shape)}")
+        if action.dtype not in (torch.float32, torch.float64):
+            action = action.float()
+        return action.numpy(force=True)
+
+    def _observe(self) -> NDArray[np.float64]:
+        return self._task.observation(np, self._model, self._fields)
+
+    def _count_step(self, frozen: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+        """Count a step of the slots that are not frozen; the slots among them that are at the time limit."""
+        self._elapsed += 1 if frozen is None else ~frozen
+        if self.max_episode_steps is None:
+            return np.zeros(self.num_envs, np.bool_)
+        truncated = self._elapsed >= self.max_episode_steps
+        if frozen is not None:
+            truncated[frozen] = False
+        return truncated
+
+    def _contain(
+        self,
+        observation: NDArray[np.float64],
+        reward: NDArray[np.float64],
+        terminated: NDArray[np.bool_],
+        frozen: NDArray[np.bool_] | None,
+    ) -> NDArray[np.float64]:
+        """End the slots that are not finite or that MuJoCo had to reset: change the flags, give new observations."""
+        warned = self._batch.warning[:, _BAD_STATE, 1].any(1)
+        bad = warned | ~np.isfinite(observation).all(1) | ~np.isfinite(reward)
+        if frozen is not None:
+            bad &= ~frozen
+        self.diverged = torch.from_numpy(bad)
+        self._batch.reset(np.flatnonzero(bad))
+        reward[bad] = 0.0
+        terminated[bad] = True
+        return self._observe()

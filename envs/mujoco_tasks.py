@@ -1,0 +1,507 @@
+"""The Gymnasium v5 MuJoCo tasks, each written once: start, observation, reward and end over any array namespace.
+
+The functions take ``xp``, an array namespace (``numpy`` or ``torch``), and the simulation's fields with the slots in
+front: ``qpos`` is ``(S, nq)``, ``xpos`` is ``(S, nbody, 3)``. The order of the operations is Gymnasium's, so that with
+``numpy`` the results are the same to the bit. Derived fields (``xpos``, ``cvel``, ...) are read as ``mj_step`` leaves
+them, one substep behind the state; that too is what Gymnasium reads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any  # an array of the namespace in use
+Namespace = Any  # numpy or torch
+Fields = Mapping[str, Array]  # MjData fields by name, (S, ...)
+Start = tuple[NDArray[np.float64], NDArray[np.float64]]  # qpos (nq,), qvel (nv,)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the tasks need to know of the compiled model.
+
+    Attributes:
+        timestep: of one physics step, in seconds.
+        qpos0: ``(nq,)`` the model's reference configuration, in NumPy.
+        nv: the number of degrees of freedom.
+        body_mass: ``(nbody,)``, in the array namespace of the fields.
+        body_ids: body index by name.
+    """
+
+    timestep: float
+    qpos0: NDArray[np.float64]
+    nv: int
+    body_mass: Array
+    body_ids: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MujocoTask(ABC):
+    """One task; its dataclass fields are Gymnasium's keyword arguments with Gymnasium's defaults."""
+
+    islands_matter: ClassVar[bool] = False  # whether solving all constraints as one block changes the last bits
+    xml_file: str = ""
+    frame_skip: int = 1
+
+    def derived_fields(self) -> tuple[str, ...]:
+        """The MjData fields, beyond ``qpos``, ``qvel`` and ``ctrl``, that the other methods read."""
+        return ()
+
+    def alive_bonus(self) -> float:
+        """The part of every step's reward that is paid for merely not having ended."""
+        return 0.0
+
+    @abstractmethod
+    def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
+        """Draw the state in which an episode starts."""
+
+    def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        """What :meth:`outcome` must know of the state before the step, ``(S,)``; the caller keeps a copy of it."""
+        del xp, model
+        return d["qpos"][:, 0]
+
+    @abstractmethod
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        """The observation, ``(S, O)``."""
+
+    @abstractmethod
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        """Reward ``(S,)`` and terminated ``(S,)`` (``None``: never) of the step that led to ``d``.
+
+        Args:
+            xp: the array namespace.
+            model: facts of the model.
+            d: the fields after the step.
+            before: what :meth:`before` gave before the step.
+            action: ``(S, A)`` in the policy's own dtype; Gymnasium squares it in that dtype.
+        """
+
+    def velocity(self, model: ModelFacts, before: Array, after: Array) -> Array:
+        """Mean velocity over the control step, ``(S,)``."""
+        return (after - before) / (model.timestep * self.frame_skip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NoisyStart(MujocoTask):
+    """Starts from the model's reference state with noise on every coordinate."""
+
+    normal_velocity: ClassVar[bool] = False
+    reset_noise_scale: float = 0.1
+
+    def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
+        scale = self.reset_noise_scale
+        qpos = model.qpos0 + rng.uniform(low=-scale, high=scale, size=model.qpos0.size)
+        if self.normal_velocity:
+            return qpos, scale * rng.standard_normal(model.nv)
+        return qpos, rng.uniform(low=-scale, high=scale, size=model.nv)
+
+
+def _sum_of_squares(xp: Namespace, rows: Array) -> Array:
+    """Sum of squares of each row: ``(S, N)`` to ``(S,)``."""
+    return xp.square(rows).sum(1)
+
+
+def _between(values: Array, bounds: tuple[float, float]) -> Array:
+    return (bounds[0] < values) & (values < bounds[1])
+
+
+def _flat(values: Array) -> Array:
+    return values.reshape(values.shape[0], -1)
+
+
+def _norm(xp: Namespace, vectors: Array) -> Array:
+    return xp.sqrt(xp.linalg.vecdot(vectors, vectors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertedPendulum(_NoisyStart):
+    """Balance a pole on a cart; the reward is 1 while it stands, so no part of it is a mere bonus."""
+
+    xml_file: str = "inverted_pendulum.xml"
+    frame_skip: int = 2
+    reset_noise_scale: float = 0.01
+
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        del model
+        return xp.concatenate((d["qpos"], d["qvel"]), 1)
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        del before, action
+        finite = xp.all(xp.isfinite(self.observation(xp, model, d)), 1)
+        alive = finite & ~(xp.abs(d["qpos"][:, 1]) > 0.2)
+        return xp.where(alive, xp.ones_like(d["qpos"][:, 0]), 0.0), ~alive
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertedDoublePendulum(_NoisyStart):
+    """Balance two poles, one on top of the other, on a cart."""
+
+    normal_velocity: ClassVar[bool] = True
+    xml_file: str = "inverted_double_pendulum.xml"
+    frame_skip: int = 5
+    healthy_reward: float = 10.0
+
+    def derived_fields(self) -> tuple[str, ...]:
+        return ("site_xpos", "qfrc_constraint")
+
+    def alive_bonus(self) -> float:
+        return self.healthy_reward
+
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        del model
+        cart, angles = d["qpos"][:, :1], d["qpos"][:, 1:]
+        velocity = xp.clip(d["qvel"], -10, 10)
+        force = xp.clip(d["qfrc_constraint"][:, :1], -10, 10)
+        return xp.concatenate((cart, xp.sin(angles), xp.cos(angles), velocity, force), 1)
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        del model, before, action
+        x, y = d["site_xpos"][:, 0, 0], d["site_xpos"][:, 0, 2]
+        v1, v2 = d["qvel"][:, 1], d["qvel"][:, 2]
+        # float_power is the pow() of the C library, as Gymnasium's ** on scalars; ** on arrays multiplies instead
+        distance = 0.01 * xp.float_power(x, 2) + xp.float_power(y - 2, 2)
+        speed = 1e-3 * xp.float_power(v1, 2) + 5e-3 * xp.float_power(v2, 2)
+        terminated = y <= 1
+        bonus = xp.where(terminated, xp.zeros_like(y), self.healthy_reward)
+        return bonus - distance - speed, terminated
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfCheetah(_NoisyStart):
+    """Run forward with a two-legged planar body; never ends."""
+
+    normal_velocity: ClassVar[bool] = True
+    hidden_positions: ClassVar[int] = 1  # leading coordinates that the observation leaves out
+    xml_file: str = "half_cheetah.xml"
+    frame_skip: int = 5
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 0.1
+    exclude_current_positions_from_observation: bool = True
+
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        del model
+        hidden = self.hidden_positions if self.exclude_current_positions_from_observation else 0
+        return xp.concatenate((d["qpos"][:, hidden:], d["qvel"]), 1)
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        forward = self.forward_reward_weight * self.velocity(model, before, d["qpos"][:, 0])
+        return forward - self.ctrl_cost_weight * _sum_of_squares(xp, action), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swimmer(HalfCheetah):
+    """Swim forward with a three-link body in a viscous fluid; never ends."""
+
+    normal_velocity: ClassVar[bool] = False
+    hidden_positions: ClassVar[int] = 2
+    xml_file: str = "swimmer.xml"
+    frame_skip: int = 4
+    ctrl_cost_weight: float = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walker2d(_NoisyStart):
+    """Walk forward with a two-legged planar body without falling."""
+
+    xml_file: str = "walker2d_v5.xml"
+    frame_skip: int = 4
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 1e-3
+    healthy_reward: float = 1.0
+    terminate_when_unhealthy: bool = True
+    healthy_z_range: tuple[float, float] = (0.8, 2.0)
+    healthy_angle_range: tuple[float, float] = (-1.0, 1.0)
+    reset_noise_scale: float = 5e-3
+    exclude_current_positions_from_observation: bool = True
+
+    def alive_bonus(self) -> float:
+        return self.healthy_reward
+
+    def healthy(self, xp: Namespace, d: Fields) -> Array:
+        """The slots that stand, ``(S,)`` bool."""
+        del xp
+        return _between(d["qpos"][:, 1], self.healthy_z_range) & _between(d["qpos"][:, 2], self.healthy_angle_range)
+
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        del model
+        hidden = 1 if self.exclude_current_positions_from_observation else 0
+        return xp.concatenate((d["qpos"][:, hidden:], xp.clip(d["qvel"], -10, 10)), 1)
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        healthy = self.healthy(xp, d)
+        forward = self.forward_reward_weight * self.velocity(model, before, d["qpos"][:, 0])
+        gain = xp.where(healthy, forward + self.healthy_reward, forward)
+        reward = gain - self.ctrl_cost_weight * _sum_of_squares(xp, action)
+        return reward, ~healthy if self.terminate_when_unhealthy else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hopper(Walker2d):
+    """Hop forward on one leg without falling."""
+
+    xml_file: str = "hopper.xml"
+    healthy_state_range: tuple[float, float] = (-100.0, 100.0)
+    healthy_z_range: tuple[float, float] = (0.7, float("inf"))
+    healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
+
+    def healthy(self, xp: Namespace, d: Fields) -> Array:
+        """The slots that stand and whose state is in bounds, ``(S,)`` bool."""
+        bounds = self.healthy_state_range
+        in_bounds = xp.all(_between(d["qpos"][:, 2:], bounds), 1) & xp.all(_between(d["qvel"], bounds), 1)
+        return in_bounds & Walker2d.healthy(self, xp, d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reacher(MujocoTask):
+    """Bring the tip of a two-joint arm to a target; never ends."""
+
+    xml_file: str = "reacher.xml"
+    frame_skip: int = 2
+    reward_dist_weight: float = 1
+    reward_control_weight: float = 1
+
+    def derived_fields(self) -> tuple[str, ...]:
+        return ("xpos",)
+
+    def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
+        qpos = rng.uniform(low=-0.1, high=0.1, size=model.qpos0.size) + model.qpos0
+        goal = rng.uniform(low=-0.2, high=0.2, size=2)
+        while not np.linalg.norm(goal) < 0.2:
+            goal = rng.uniform(low=-0.2, high=0.2, size=2)
+        qvel = rng.uniform(low=-0.005, high=0.005, size=model.nv)
+        qpos[-2:], qvel[-2:] = goal, 0
+        return qpos, qvel
+
+    def _miss(self, model: ModelFacts, d: Fields) -> Array:
+        return d["xpos"][:, model.body_ids["fingertip"]] - d["xpos"][:, model.body_ids["target"]]
+
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        theta = d["qpos"][:, :2]
+        parts = (xp.cos(theta), xp.sin(theta), d["qpos"][:, 2:], d["qvel"][:, :2], self._miss(model, d)[:, :2])
+        return xp.concatenate(parts, 1)
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        del before
+        distance = -_norm(xp, self._miss(model, d)) * self.reward_dist_weight
+        return distance + -_sum_of_squares(xp, action) * self.reward_control_weight, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pusher(MujocoTask):
+    """Push a cylinder to a goal with a robot arm; never ends."""
+
+    islands_matter: ClassVar[bool] = True
+    xml_file: str = "pusher_v5.xml"
+    frame_skip: int = 5
+    reward_near_weight: float = 0.5
+    reward_dist_weight: float = 1
+    reward_control_weight: float = 0.1
+
+    def derived_fields(self) -> tuple[str, ...]:
+        return ("xpos",)
+
+    def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
+        cylinder = np.zeros(2)
+        while not np.linalg.norm(cylinder) > 0.17:
+            cylinder = np.concatenate((rng.uniform(low=-0.3, high=0, size=1), rng.uniform(low=-0.2, high=0.2, size=1)))
+        qpos = model.qpos0.copy()
+        qpos[-4:] = (*cylinder, 0, 0)
+        qvel = rng.uniform(low=-0.005, high=0.005, size=model.nv)
+        qvel[-4:] = 0
+        return qpos, qvel
+
+    def _bodies(self, model: ModelFacts, d: Fields) -> tuple[Array, Array, Array]:
+        """Positions of arm tip, object and goal, ``(S, 3)`` each."""
+        tip, thing, goal = (d["xpos"][:, model.body_ids[name]] for name in ("tips_arm", "object", "goal"))
+        return tip, thing, goal
+
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        return xp.concatenate((d["qpos"][:, :7], d["qvel"][:, :7], *self._bodies(model, d)), 1)
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        del before
+        tip, thing, goal = self._bodies(model, d)
+        near = -_norm(xp, thing - tip) * self.reward_near_weight
+        distance = -_norm(xp, thing - goal) * self.reward_dist_weight
+        return distance + -_sum_of_squares(xp, action) * self.reward_control_weight + near, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ant(_NoisyStart):
+    """Run forward with a four-legged body without falling or jumping."""
+
+    normal_velocity: ClassVar[bool] = True
+    xml_file: str = "ant.xml"
+    frame_skip: int = 5
+    forward_reward_weight: float = 1
+    ctrl_cost_weight: float = 0.5
+    contact_cost_weight: float = 5e-4
+    healthy_reward: float = 1.0
+    main_body: int | str = 1
+    terminate_when_unhealthy: bool = True
+    healthy_z_range: tuple[float, float] = (0.2, 1.0)
+    contact_force_range: tuple[float, float] = (-1.0, 1.0)
+    exclude_current_positions_from_observation: bool = True
+    include_cfrc_ext_in_observation: bool = True
+
+    def derived_fields(self) -> tuple[str, ...]:
+        uses_forces = self.include_cfrc_ext_in_observation or self.contact_cost_weight != 0
+        return ("xpos", "cfrc_ext") if uses_forces else ("xpos",)
+
+    def alive_bonus(self) -> float:
+        return self.healthy_reward
+
+    def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        del xp
+        body = model.body_ids[self.main_body] if isinstance(self.main_body, str) else self.main_body
+        return d["xpos"][:, body, 0]
+
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        del model
+        hidden = 2 if self.exclude_current_positions_from_observation else 0
+        parts = [d["qpos"][:, hidden:], d["qvel"]]
+        if self.include_cfrc_ext_in_observation:
+            parts.append(xp.clip(_flat(d["cfrc_ext"][:, 1:]), *self.contact_force_range))
+        return xp.concatenate(parts, 1)
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        z = d["qpos"][:, 2]
+        finite = xp.all(xp.isfinite(d["qpos"]), 1) & xp.all(xp.isfinite(d["qvel"]), 1)
+        healthy = finite & (self.healthy_z_range[0] <= z) & (z <= self.healthy_z_range[1])
+        forward = self.velocity(model, before, self.before(xp, model, d)) * self.forward_reward_weight
+        gain = xp.where(healthy, forward + self.healthy_reward, forward)
+        cost = self.ctrl_cost_weight * _sum_of_squares(xp, action)
+        if self.contact_cost_weight != 0:
+            forces = xp.clip(_flat(d["cfrc_ext"]), *self.contact_force_range)
+            cost = cost + self.contact_cost_weight * _sum_of_squares(xp, forces)
+        return gain - cost, ~healthy if self.terminate_when_unhealthy else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HumanoidBody(_NoisyStart):
+    """What the two humanoid tasks share: the observation and the costs."""
+
+    frame_skip: int = 5
+    ctrl_cost_weight: float = 0.1
+    reset_noise_scale: float = 1e-2
+    exclude_current_positions_from_observation: bool = True
+    include_cinert_in_observation: bool = True
+    include_cvel_in_observation: bool = True
+    include_qfrc_actuator_in_observation: bool = True
+    include_cfrc_ext_in_observation: bool = True
+
+    def _observed(self) -> dict[str, int]:
+        """The derived fields of the observation, with the leading entries (world body, free joint) it leaves out."""
+        skipped = {"cinert": 1, "cvel": 1, "qfrc_actuator": 6, "cfrc_ext": 1}
+        return {name: first for name, first in skipped.items() if getattr(self, f"include_{name}_in_observation")}
+
+    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        del model
+        hidden = 2 if self.exclude_current_positions_from_observation else 0
+        derived = [_flat(d[name][:, first:]) for name, first in self._observed().items()]
+        return xp.concatenate((d["qpos"][:, hidden:], d["qvel"], *derived), 1)
+
+    def _force_cost(
+        self, xp: Namespace, d: Fields, weight: float, bounds: tuple[float, float]
+    ) -> Array | float:
+        """Cost of the contact forces, clipped to ``bounds``: ``(S,)``, or a number where ``weight`` is 0."""
+        if weight == 0:
+            return min(max(0.0, bounds[0]), bounds[1])
+        return xp.clip(weight * _sum_of_squares(xp, _flat(d["cfrc_ext"])), *bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Humanoid(_HumanoidBody):
+    """Walk forward with a humanoid body without falling."""
+
+    xml_file: str = "humanoid.xml"
+    forward_reward_weight: float = 1.25
+    contact_cost_weight: float = 5e-7
+    contact_cost_range: tuple[float, float] = (-float("inf"), 10.0)
+    healthy_reward: float = 5.0
+    terminate_when_unhealthy: bool = True
+    healthy_z_range: tuple[float, float] = (1.0, 2.0)
+
+    def derived_fields(self) -> tuple[str, ...]:
+        cost = () if self.contact_cost_weight == 0 else ("cfrc_ext",)
+        return tuple(dict.fromkeys(("xipos", *self._observed(), *cost)))
+
+    def alive_bonus(self) -> float:
+        return self.healthy_reward
+
+    def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
+        """The x coordinate of the centre of mass; summed one body after the other, as Gymnasium's einsum does."""
+        return xp.cumsum(d["xipos"][:, :, 0] * model.body_mass, 1)[:, -1] / model.body_mass.sum()
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        del action
+        healthy = _between(d["qpos"][:, 2], self.healthy_z_range)
+        forward = self.forward_reward_weight * self.velocity(model, before, self.before(xp, model, d))
+        gain = xp.where(healthy, forward + self.healthy_reward, forward)
+        cost = self.ctrl_cost_weight * _sum_of_squares(xp, d["ctrl"])
+        cost = cost + self._force_cost(xp, d, self.contact_cost_weight, self.contact_cost_range)
+        return gain - cost, ~healthy if self.terminate_when_unhealthy else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HumanoidStandup(_HumanoidBody):
+    """Stand up from lying; never ends, and every step pays 1. Gymnasium accepts ``uph_cost_weight`` and ignores it."""
+
+    xml_file: str = "humanoidstandup.xml"
+    uph_cost_weight: float = 1
+    impact_cost_weight: float = 0.5e-6
+    impact_cost_range: tuple[float, float] = (-float("inf"), 10.0)
+
+    def derived_fields(self) -> tuple[str, ...]:
+        cost = () if self.impact_cost_weight == 0 else ("cfrc_ext",)
+        return tuple(dict.fromkeys((*self._observed(), *cost)))
+
+    def alive_bonus(self) -> float:
+        return 1.0
+
+    def outcome(
+        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
+    ) -> tuple[Array, Array | None]:
+        del before, action
+        height = d["qpos"][:, 2] / model.timestep
+        control = self.ctrl_cost_weight * _sum_of_squares(xp, d["ctrl"])
+        return height - control - self._force_cost(xp, d, self.impact_cost_weight, self.impact_cost_range) + 1, None
+
+
+MUJOCO_TASKS: Mapping[str, type[MujocoTask]] = {
+    "InvertedPendulum-v5": InvertedPendulum,
+    "InvertedDoublePendulum-v5": InvertedDoublePendulum,
+    "Swimmer-v5": Swimmer,
+    "Hopper-v5": Hopper,
+    "HalfCheetah-v5": HalfCheetah,
+    "Walker2d-v5": Walker2d,
+    "Reacher-v5": Reacher,
+    "Pusher-v5": Pusher,
+    "Ant-v5": Ant,
+    "Humanoid-v5": Humanoid,
+    "HumanoidStandup-v5": HumanoidStandup,
+}

@@ -1,0 +1,88 @@
+"""Environments whose start states this package draws itself: :class:`NativeBatchEnv`, and how their options are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.utils import seeding
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .base import BatchEnv, UnsupportedEnvironmentError
+
+Task = TypeVar("Task")
+
+NO_TIME_LIMIT = -1  # what gymnasium.make calls "no time limit"
+
+
+class NativeBatchEnv(BatchEnv):
+    """A batch whose episodes start from a flat vector drawn on the host with a NumPy generator.
+
+    ``K`` is the length of that vector. :meth:`reset` draws it from seeds; the vector environment draws it from the
+    generators it keeps per slot. Both hand it to :meth:`restart`.
+    """
+
+    @abstractmethod
+    def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        """Draw one start, ``(K,)``, consuming ``rng`` exactly as the Gymnasium environment's ``reset`` does."""
+
+    @abstractmethod
+    def restart(self, rows: NDArray[np.intp], starts: NDArray[np.float64]) -> Tensor:
+        """Start new episodes in the slots ``rows`` ``(n,)``, ascending, from ``starts`` ``(n, K)``.
+
+        Returns:
+            Observations of all slots, ``(S, O)``.
+        """
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See :meth:`BatchEnv.reset`. Equal seeds are drawn once."""
+        rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask.cpu().numpy())
+        unique, inverse = np.unique(seeds.cpu().numpy()[rows], return_inverse=True)
+        drawn = [self.draw_start(seeding.np_random(int(seed))[0]) for seed in unique]
+        starts = np.stack(drawn)[inverse] if drawn else np.empty((0, 0))
+        return self.restart(rows, starts)
+
+    def _describe(self, env_id: str, kwargs: Mapping[str, object], num_envs: int, device: torch.device) -> None:
+        """Set the attributes that every native environment has; ``max_episode_steps`` follows ``gymnasium.make``."""
+        self.env_id = env_id
+        self.kwargs = dict(kwargs)
+        self.num_envs = num_envs
+        self.device = device
+        self.max_episode_steps = time_limit(env_id, kwargs.get("max_episode_steps"))
+
+
+def time_limit(env_id: str, max_episode_steps: object) -> int | None:
+    """The time limit of ``gymnasium.make(env_id, max_episode_steps=max_episode_steps)``.
+
+    Args:
+        env_id: a registered Gymnasium id.
+        max_episode_steps: ``None`` for the registered limit, ``-1`` for no limit.
+    """
+    if max_episode_steps is None:
+        return gymnasium.spec(env_id).max_episode_steps
+    if max_episode_steps == NO_TIME_LIMIT:
+        return None
+    if not isinstance(max_episode_steps, int) or max_episode_steps < 1:
+        raise UnsupportedEnvironmentError(f"{env_id}: max_episode_steps must be a positive integer or -1")
+    return max_episode_steps
+
+
+def build_task(task_class: type[Task], env_id: str, kwargs: Mapping[str, Any]) -> Task:
+    """Build the task (a dataclass) of ``env_id`` from the keyword arguments of ``gymnasium.make``.
+
+    Raises:
+        UnsupportedEnvironmentError: a keyword is not one of the task's fields.
+    """
+    options = {name: value for name, value in kwargs.items() if name != "max_episode_steps"}
+    known = [field.name for field in dataclasses.fields(task_class)]  # pyright: ignore[reportArgumentType]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        choices = ", ".join([*known, "max_episode_steps"])
+        raise UnsupportedEnvironmentError(f"{env_id}: unsupported keyword {unknown[0]!r}; it takes {choices}")
+    return task_class(**options)

@@ -1,0 +1,26 @@
+"""Registers our environments with Gymnasium as ``es_flipout/<id>``."""
+
+from __future__ import annotations
+
+import functools
+
+import gymnasium
+
+from .make import NAMESPACE, native_env_ids
+from .vector import NativeVectorEnv
+
+
+def register_native_envs() -> None:
+    """Make ``gymnasium.make_vec("es_flipout/<id>")`` our vector environment.
+
+    ``gymnasium.make`` of the same id is Gymnasium's own single environment, to which ours is equal.
+    """
+    for env_id in native_env_ids():
+        single = gymnasium.spec(env_id)
+        gymnasium.register(
+            NAMESPACE + env_id,
+            entry_point=single.entry_point,
+            reward_threshold=single.reward_threshold,
+            max_episode_steps=single.max_episode_steps,
+            vector_entry_point=functools.partial(NativeVectorEnv, env_id),
+        )

@@ -1,0 +1,280 @@
+"""``bench rollout``: environment steps per second of training against bare physics, and against Gymnasium's async vectors.
+
+- ``physics``: ``mujoco.batch.Batch`` alone, with the model, options, threads and number of simulations of the training
+  run. It replays the start states and actions of a generation, so that it steps through the very same contacts, but has
+  no policy, observations or rewards.
+- ``training``: :meth:`Trainer.generation` as ``es-flipout train`` runs it (ask, play, tell; no scoring), with a learning
+  rate so small that the policies, and with them the physics, stay the same from round to round.
+- ``gymnasium``: ``gymnasium.make_vec(..., "async")`` with the same policy network in torch; the better of 2 and 32
+  environments.
+
+Ant, Humanoid and HumanoidStandup need contact forces, which ``mj_step`` does not compute; ``physics_and_forces`` is the
+bare physics with them (``mj_rnePostConstraint`` after each step, as in Gymnasium).
+
+Episodes are as long as a measurement asks for, up to the environment's own limit. Episodes that end early would leave the
+bare physics with other work, so walkers and humanoids are not stopped when they fall (``terminate_when_unhealthy``).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from mujoco.batch import Batch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from es_flipout.agent import Agent
+from es_flipout.bench.timing import Measure, Measured, interleave, repeated, report, timed
+from es_flipout.config import TrainConfig
+from es_flipout.envs import BatchEnv, make_env
+from es_flipout.envs.mujoco_contact import ContactForceBatch
+from es_flipout.envs.mujoco_cpu import MujocoBatchEnv, usable_cores
+from es_flipout.errors import UserError
+from es_flipout.trainer import Trainer
+
+_WALKERS = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
+_NEVER_END: Mapping[str, Mapping[str, Any]] = dict.fromkeys(_WALKERS, {"terminate_when_unhealthy": False})
+_GYMNASIUM_ENVS = (2, 32)
+_OTHERS = ("physics", "physics_and_forces", "gymnasium")
+_CAPTION = "Ratios: median of the rounds (smallest-largest). Physics replays the states and actions of training."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBench:
+    """Training environment steps per second against bare physics, side by side."""
+
+    env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Humanoid-v5")
+    """MuJoCo environments."""
+    populations: tuple[int, ...] = (128, 256, 512)
+    """Population sizes."""
+    rounds: int = 5
+    """Rounds; medians of them are shown."""
+    seconds: float = 3.0
+    """Aim of one measurement: episodes are shortened to fit."""
+    shortest_episode: int = 100
+    """Episodes are not shortened to fewer steps than this."""
+    threads: int | None = None
+    """Physics threads; by default one for each core."""
+    gymnasium: bool = False
+    """Also measure gymnasium.make_vec(..., "async")."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the result to this file."""
+
+
+def run(options: RolloutBench, console: Console) -> dict[str, Any]:
+    """Measure, print a table, return the JSON-ready result.
+
+    Raises:
+        UserError: an environment is not one of the native MuJoCo ones, or ends episodes early.
+    """
+    results: list[dict[str, Any]] = []
+    for env_id in options.env_ids:
+        for population in options.populations:
+            with console.status(f"{env_id}, population {population}"):
+                results.append(_measure_point(options, env_id, population))
+    console.print(_table(results))
+    return report("bench rollout", asdict(options), {"rollout": results}, options.json)
+
+
+def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[str, Any]:
+    kwargs = dict(_NEVER_END.get(env_id, {}))
+    kwargs["max_episode_steps"] = _episode_steps(options, env_id, population, kwargs)
+    config = TrainConfig(
+        env_id=env_id,
+        env_kwargs=json.dumps(kwargs),
+        population_size=population,
+        hidden=(64, 64),
+        learning_rate=1e-12,
+        generations=2**31,
+        threads=options.threads,
+    )
+    trainer = Trainer(config)
+    physics = _Physics(trainer)
+    measures: dict[str, Measure] = {
+        "physics": physics.plain(),
+        "training": lambda: timed(lambda: trainer.generation().env_steps),
+    }
+    if physics.has_forces:
+        measures["physics_and_forces"] = physics.with_forces()
+    vectors: dict[str, _AsyncGymnasium] = {}
+    try:
+        if options.gymnasium:
+            vectors = {f"gymnasium_{n}": _AsyncGymnasium(config, n, options.seconds) for n in _GYMNASIUM_ENVS}
+        timings = interleave({**measures, **vectors}, options.rounds)
+    finally:
+        for closing in (*vectors.values(), *trainer.envs, physics.env):
+            closing.close()
+    ratios = {name: timings.ratio("training", name) for name in timings.rates if name not in ("training", *vectors)}
+    if vectors:
+        best = max(vectors, key=lambda name: timings.rate(name).median)
+        ratios["gymnasium"] = timings.ratio("training", best)
+    return {
+        "env_id": env_id,
+        "env_kwargs": kwargs,
+        "population": population,
+        "threads": options.threads or usable_cores(),
+        "rounds": options.rounds,
+        "steps_per_s": {name: asdict(timings.rate(name)) for name in timings.rates},
+        "training_to": {name: asdict(spread) for name, spread in ratios.items()},
+    }
+
+
+def _episode_steps(options: RolloutBench, env_id: str, population: int, kwargs: Mapping[str, Any]) -> int:
+    """The length of episodes with which one generation takes about the seconds that were asked for."""
+    env = _mujoco_env(env_id, population, options.threads, kwargs)
+    env.reset(torch.arange(population))
+    action = torch.zeros(population, *env.action_space.shape or ())
+    steps_per_s = repeated(lambda: env.step(action), options.seconds / 20)().rate
+    env.close()
+    return min(max(round(steps_per_s * options.seconds), options.shortest_episode), env.max_episode_steps or 1000)
+
+
+class _Recorder(BatchEnv):
+    """An environment that remembers the seeds and actions it was given."""
+
+    def __init__(self, env: BatchEnv) -> None:
+        for name in BatchEnv.__annotations__:
+            setattr(self, name, getattr(env, name))
+        self.env = env
+        self.seeds = torch.zeros(0)
+        self.actions: list[Tensor] = []
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.seeds = seeds
+        return self.env.reset(seeds, mask)
+
+    def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self.actions.append(action)
+        return self.env.step(action, live)
+
+
+class _Physics:
+    """Bare physics with the start states and actions of one generation of a trainer.
+
+    Attributes:
+        env: all simulations in one batch.
+        has_forces: whether the environment computes contact forces after a step.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        config, lanes = trainer.config, trainer.envs
+        recorders = [_Recorder(env) for env in lanes]
+        trainer.envs = [*recorders]
+        played = trainer.generation()
+        trainer.envs = lanes
+        if int(played.lengths.min()) != int(played.lengths.max()) or len(played.lengths) != config.population_size:
+            raise UserError(f"{config.env_id} ends episodes early, so physics and training would do different work")
+        self.env = _mujoco_env(config.env_id, config.population_size, config.threads, config.parsed_env_kwargs())
+        self._seeds = torch.cat([recorder.seeds for recorder in recorders])
+        moments = zip(*(recorder.actions for recorder in recorders), strict=True)
+        self._actions: list[NDArray[np.float64]] = [torch.cat(parts).double().numpy() for parts in moments]
+        self._threads = min(config.threads or usable_cores(), config.population_size)
+        self.has_forces = not isinstance(self.env._batch, Batch)
+
+    def plain(self) -> Measure:
+        """Measures ``mujoco.batch.Batch``."""
+        env, own = self.env, self.env._batch
+        if isinstance(own, Batch):
+            return self.with_forces()
+        batch = Batch(own._model, env.num_envs, nthread=self._threads)
+        qpos, qvel = batch.bind("qpos"), batch.bind("qvel")
+
+        def start() -> None:
+            env.reset(self._seeds)
+            batch.reset()
+            qpos[...], qvel[...] = own.bind("qpos"), own.bind("qvel")
+            batch.forward()
+
+        return self._measure(batch, start)
+
+    def with_forces(self) -> Measure:
+        """Measures the environment's own batch."""
+        return self._measure(self.env._batch, lambda: self.env.reset(self._seeds))
+
+    def _measure(self, batch: Batch | ContactForceBatch, start: Callable[[], object]) -> Measure:
+        frame_skip, ctrl = self.env._task.frame_skip, batch.bind("ctrl")
+
+        def step_all() -> int:
+            for action in self._actions:
+                ctrl[...] = action
+                batch.step(None, nstep=frame_skip)
+            return len(self._actions) * self.env.num_envs
+
+        def measure() -> Measured:
+            start()
+            return timed(step_all)
+
+        return measure
+
+
+class _AsyncGymnasium:
+    """The policy network of a trainer in Gymnasium's own vector environment, one process per environment."""
+
+    def __init__(self, config: TrainConfig, num_envs: int, seconds: float) -> None:
+        torch.manual_seed(0)
+        self._seconds = seconds
+        self._vector = gymnasium.make_vec(
+            config.env_id,
+            num_envs=num_envs,
+            vectorization_mode="async",
+            # forking a process that has threads (torch's, MuJoCo's) is not safe
+            vector_kwargs={"context": "forkserver"},
+            **config.parsed_env_kwargs(),
+        )
+        self._agent = Agent(config, self._vector.single_observation_space, self._vector.single_action_space)
+        self._observation, _ = self._vector.reset(seed=0)
+
+    def __call__(self) -> Measured:
+        """Measures environment steps."""
+        return timed(self._play)
+
+    def _play(self) -> int:
+        deadline, steps = time.perf_counter() + self._seconds, 0
+        while time.perf_counter() < deadline:
+            action = self._agent(torch.from_numpy(self._observation)).numpy()
+            self._observation, *_ = self._vector.step(action)
+            steps += len(self._observation)
+        return steps
+
+    def close(self) -> None:
+        """End the processes."""
+        self._vector.close()
+
+
+def _mujoco_env(env_id: str, num_envs: int, threads: int | None, kwargs: Mapping[str, Any]) -> MujocoBatchEnv:
+    env = make_env(env_id, num_envs, threads=threads, **kwargs)
+    if not isinstance(env, MujocoBatchEnv):
+        env.close()
+        raise UserError(f"bench rollout compares with mujoco.batch, but {env_id} runs on the {env.backend} backend")
+    return env
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    table = Table(title="Environment steps per second", caption=_CAPTION)
+    for name in ("environment", "population", "physics", "training", "ratio", "ratio with forces", "÷ gymnasium async"):
+        table.add_column(name, justify="left" if name == "environment" else "right")
+    for point in results:
+        rates, ratios = point["steps_per_s"], point["training_to"]
+        table.add_row(
+            point["env_id"],
+            str(point["population"]),
+            f"{rates['physics']['median']:,.0f}",
+            f"{rates['training']['median']:,.0f}",
+            *(_show(ratios[name]) if name in ratios else "-" for name in _OTHERS),
+        )
+    return table
+
+
+def _show(spread: Mapping[str, Any]) -> str:
+    return f"{spread['median']:.3f} ({spread['min']:.3f}-{spread['max']:.3f})"

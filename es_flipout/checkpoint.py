@@ -1,0 +1,110 @@
+"""Checkpoints: safetensors for tensors, JSON for the rest, written atomically, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import es_flipout
+from es_flipout.errors import UserError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    generation: int
+    env_steps: int
+    wall_s: float
+    score: float | None
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a file that is either the old or the new one, whole, whatever happens in between."""
+    raw = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors atomically; returns the SHA-256 of the file."""
+    data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    atomic_write(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read tensors.
+
+    Raises:
+        UserError: the file is missing or damaged (or its SHA-256 is another one).
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path} is damaged: its checksum is wrong; remove it to go on from the checkpoint before it")
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress, keep: int) -> None:
+    """Write the checkpoint of a generation and remove all but the newest ``keep``.
+
+    The JSON file is written last: a checkpoint without it does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"generation_{progress.generation:06d}.safetensors"
+    sha256 = save_tensors(path, tensors)
+    meta = {"version": es_flipout.__version__, "sha256": sha256, **asdict(progress)}
+    atomic_write(path.with_suffix(".json"), json.dumps(meta, indent=2) + "\n")
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The JSON files of the complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("generation_*.json") if path.with_suffix(".safetensors").exists())
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Progress]:
+    """The newest checkpoint.
+
+    Raises:
+        UserError: there is none, it is damaged, or another version of es_flipout made it.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise UserError(f"{folder} holds no complete checkpoint, so there is nothing to continue from")
+    path = found[-1]
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version, sha256 = meta.pop("version"), meta.pop("sha256")
+        if version != es_flipout.__version__:
+            raise UserError(
+                f"{path} was made by es_flipout {version}, and this is {es_flipout.__version__}: "
+                f"install es-flipout=={version} to continue it to the bit"
+            )
+        progress = Progress(**meta)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to go on from the checkpoint before it") from None
+    return load_tensors(path.with_suffix(".safetensors"), sha256), progress

@@ -1,0 +1,274 @@
+"""The command line: ``es-flipout train | resume | evaluate | envs | bench``.
+
+Importing this module and showing help must stay fast, so torch is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import tyro
+from rich.console import Console
+
+from es_flipout.config import TrainConfig
+from es_flipout.errors import UserError
+from es_flipout.presets import preset
+
+if TYPE_CHECKING:
+    from es_flipout.trainer import Trainer
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a policy; the environment's preset fills what is not given."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Directory of the run, made new; by default under runs/."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Continue a run to the bit as if it had never stopped."""
+
+    run_dir: Path
+    """Directory of the run."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Score the mean policy of a run in the real single Gymnasium environment."""
+
+    run_dir: Path
+    """Directory of the run."""
+    episodes: int = 100
+    """Episodes to play."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class EnvsOptions:
+    """List what can be trained, and on which backend."""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """``es-flipout train ENV_ID [options]``."""
+    arguments = list(arguments)
+    if not arguments:
+        raise UserError("which environment? es-flipout train ENV_ID; `es-flipout envs` lists them")
+    env_id = arguments[0]
+    if env_id.startswith("-"):
+        # The environment comes after options, or help was asked for: read everything once with general defaults.
+        env_id = _parse(TrainOptions, arguments, "train", default=_defaults("CartPole-v1")).config.env_id
+    options = _parse(TrainOptions, arguments, "train", default=_defaults(env_id))
+    config = options.config
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    if "--generations" in given and "--env-steps" not in given:
+        config = dataclasses.replace(config, env_steps=None)
+
+    from es_flipout.metrics import TerminalReporter
+    from es_flipout.trainer import Trainer
+
+    run_dir = options.run_dir if options.run_dir is not None else _new_run_dir(config)
+    console = Console(stderr=True)
+    trainer = Trainer(config, run_dir, TerminalReporter(console, config.env_id))
+    trainer.create()
+    return _train(trainer, run_dir, console)
+
+
+def resume(arguments: Sequence[str]) -> int:
+    """``es-flipout resume RUN_DIR``."""
+    options = _parse(ResumeOptions, arguments, "resume")
+
+    from es_flipout.metrics import TerminalReporter
+    from es_flipout.trainer import Trainer, read_config
+
+    console = Console(stderr=True)
+    reporter = TerminalReporter(console, read_config(options.run_dir).env_id)
+    return _train(Trainer.resume(options.run_dir, reporter), options.run_dir, console)
+
+
+def _train(trainer: Trainer, run_dir: Path, console: Console) -> int:
+    """Train to the end, score in the real environment, and say where everything lies."""
+    from es_flipout.evaluate import evaluate as play
+    from es_flipout.trainer import write_evaluation
+
+    trainer.train()
+    if trainer.interrupted:
+        at = trainer.progress
+        print(f"stopped after generation {at.generation} ({at.env_steps:,} environment steps)")
+        print(f"continue with: es-flipout resume {run_dir}")
+        return 0
+    config = trainer.config
+    with console.status(f"scoring in {config.env_id}, {config.evaluation_episodes} episodes"):
+        evaluation = play(trainer.trained_agent(), config, config.evaluation_episodes)
+    write_evaluation(run_dir, evaluation)
+    print(
+        f"score {evaluation.mean_return:,.1f} (sd {evaluation.std_return:,.1f}, median {evaluation.median_return:,.1f}) "
+        f"over {evaluation.episodes} episodes of {config.env_id} in Gymnasium {evaluation.versions['gymnasium']}"
+    )
+    print(f"trained on {trainer.progress.env_steps:,} environment steps in {trainer.progress.wall_s:,.0f} s")
+    print(f"everything lies in {run_dir}")
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """``es-flipout evaluate RUN_DIR [--episodes N] [--json]``."""
+    options = _parse(EvaluateOptions, arguments, "evaluate")
+    if options.episodes < 1:
+        raise UserError(f"episodes must be at least 1, got {options.episodes}")
+
+    import torch
+
+    from es_flipout.evaluate import evaluate as play
+    from es_flipout.trainer import load_agent
+
+    torch.set_num_threads(1)
+    agent, config = load_agent(options.run_dir)
+    result = play(agent, config, options.episodes).to_dict()
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        for name in ("env_id", "episodes", "mean_return", "std_return", "median_return", "min_return", "max_return"):
+            value = result[name]
+            print(f"{name:14} {value:,.2f}" if isinstance(value, float) else f"{name:14} {value}")
+    return 0
+
+
+def envs(arguments: Sequence[str]) -> int:
+    """``es-flipout envs``."""
+    _parse(EnvsOptions, arguments, "envs")
+
+    from es_flipout.envs import native_env_ids
+
+    for env_id, backend in native_env_ids().items():
+        config = preset(env_id)
+        print(
+            f"{env_id:28} {backend:10} population {config.population_size:4}, {config.env_steps:>12,} environment steps"
+        )
+    print("Any other registered Gymnasium id with one-dimensional observations runs through Gymnasium's vector API.")
+    return 0
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """``es-flipout bench forward|rollout [options]``."""
+    kinds = ("forward", "rollout")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: es-flipout bench forward|rollout [options]; each has --help")
+        return 0
+    if arguments[0] not in kinds:
+        raise UserError(f"bench must be one of {', '.join(kinds)}, got {arguments[0]!r}")
+    from es_flipout.bench import forward, rollout
+
+    console = Console()
+    if arguments[0] == "forward":
+        forward.run(_parse(forward.ForwardBench, arguments[1:], "bench forward"), console)
+    else:
+        rollout.run(_parse(rollout.RolloutBench, arguments[1:], "bench rollout"), console)
+    return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "train a policy: es-flipout train HalfCheetah-v5"),
+    "resume": (resume, "continue a run to the bit: es-flipout resume RUN_DIR"),
+    "evaluate": (evaluate, "score a run in the real Gymnasium environment: es-flipout evaluate RUN_DIR"),
+    "envs": (envs, "list what can be trained"),
+    "bench": (bench, "measure speed on this machine: es-flipout bench forward|rollout"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (2 for errors of the user's making)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: es-flipout COMMAND [options]; every command has --help\n")
+        for name, (_, summary) in _COMMANDS.items():
+            print(f"  {name:10} {summary}")
+        return 0
+    if arguments[0] == "--version":
+        import es_flipout
+
+        print(f"es-flipout {es_flipout.__version__}")
+        return 0
+    try:
+        if arguments[0] not in _COMMANDS:
+            near = difflib.get_close_matches(arguments[0], _COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(_COMMANDS)}"
+            raise UserError(f"unknown command {arguments[0]!r}: {hint}")
+        return _COMMANDS[arguments[0]][0](arguments[1:])
+    except (UserError, OSError) as error:
+        return _fail(error)
+    except Exception as error:
+        # The environments' errors are the user's too, but importing them before they are needed would cost seconds.
+        base = sys.modules.get("es_flipout.envs.base")
+        if base and isinstance(error, (base.UnsupportedEnvironmentError, base.EnvironmentFailureError)):
+            return _fail(error)
+        raise
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _defaults(env_id: str) -> TrainOptions:
+    """The preset of an environment, with the environment still to be given."""
+    return TrainOptions(config=dataclasses.replace(preset(env_id), env_id=tyro.MISSING))
+
+
+def _parse(options: type[Options], arguments: Sequence[str], command: str, default: Options | None = None) -> Options:
+    """Read options with tyro; what tyro says of wrong ones becomes one line.
+
+    Raises:
+        UserError: an option is unknown, missing or malformed.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                options,
+                args=list(arguments),
+                prog=f"es-flipout {command}",
+                default=default,  # type: ignore[arg-type]
+                config=(tyro.conf.PositionalRequiredArgs,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(said.getvalue()) + f" (see es-flipout {command} --help)") from None
+
+
+def _one_line(box: str) -> str:
+    """The text of tyro's error box without its frame."""
+    lines = [line.strip("│|╭╮╰╯─ ") for line in box.splitlines()]
+    kept: list[str] = []
+    for line in lines:
+        if (not line and kept) or line.startswith("For full helptext"):
+            break
+        if line and not line.lower().startswith(("parsing error", "unrecognized options ─")):
+            kept.append(line)
+    return " ".join(kept) or "the options could not be read"
+
+
+def _new_run_dir(config: TrainConfig) -> Path:
+    """A name under runs/ that is not taken."""
+    name = config.env_id.replace("/", "_")
+    path = Path("runs") / f"{name}_seed{config.seed}_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
+    return path if not path.exists() else path.with_name(f"{path.name}_{datetime.now().microsecond}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The score that counts: the mean policy, deterministic, in the real single Gymnasium environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.wrappers import FlattenObservation
+
+from es_flipout.agent import Agent
+from es_flipout.config import TrainConfig
+from es_flipout.envs.base import EnvironmentFailureError
+from es_flipout.envs.registration import NAMESPACE
+from es_flipout.runinfo import versions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Undiscounted returns over ``episodes`` episodes, whose seeds are ``first_seed``, ``first_seed + 1``, ..."""
+
+    env_id: str
+    env_kwargs: dict[str, Any]
+    episodes: int
+    mean_return: float
+    std_return: float
+    median_return: float
+    min_return: float
+    max_return: float
+    mean_length: float
+    first_seed: int
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written to ``evaluation.json``."""
+        return asdict(self)
+
+
+def make_real_env(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env:
+    """One environment of Gymnasium itself, never one of ours; observations flattened to one dimension where they are not."""
+    env = gymnasium.make(env_id.removeprefix(f"{NAMESPACE}/"), **kwargs)
+    space = env.observation_space
+    flat = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
+    return env if flat else FlattenObservation(env)
+
+
+def evaluate(
+    agent: Agent,
+    config: TrainConfig,
+    episodes: int,
+    first_seed: int = 1_000_000,
+    on_episode: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Play ``episodes`` episodes, one after the other.
+
+    Args:
+        agent: the policy.
+        config: names the environment and its keyword arguments.
+        episodes: how many.
+        first_seed: of the start states; the default is far from what training draws early on.
+        on_episode: called with the number of episodes played so far.
+
+    Raises:
+        EnvironmentFailureError: the environment's own code raised.
+    """
+    kwargs = config.parsed_env_kwargs()
+    env = make_real_env(config.env_id, kwargs)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    try:
+        for episode in range(episodes):
+            obs, _ = env.reset(seed=first_seed + episode)
+            ended = False
+            while not ended:
+                action = agent(torch.as_tensor(np.asarray(obs))[None])[0].numpy()
+                discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
+                obs, reward, terminated, truncated, _ = env.step(int(action) if discrete else action)
+                returns[episode] += float(reward)
+                lengths[episode] += 1
+                ended = terminated or truncated
+            if on_episode is not None:
+                on_episode(episode + 1)
+    except Exception as error:
+        raise EnvironmentFailureError(f"{config.env_id} failed: {type(error).__name__}: {error}") from error
+    finally:
+        env.close()
+    return Evaluation(
+        env_id=config.env_id,
+        env_kwargs=kwargs,
+        episodes=episodes,
+        mean_return=float(returns.mean()),
+        std_return=float(returns.std()),
+        median_return=float(np.median(returns)),
+        min_return=float(returns.min()),
+        max_return=float(returns.max()),
+        mean_length=float(lengths.mean()),
+        first_seed=first_seed,
+        versions=versions(),
+    )

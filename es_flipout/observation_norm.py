@@ -1,0 +1,81 @@
+"""Observation normalisation with statistics that change only between generations.
+
+All members of a generation, antithetic partners above all, must see the same normaliser. Letters: ``O`` observation size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MIN_STD = 0.01
+_CLIP = 10.0
+
+
+@dataclass
+class Moments:
+    """Sums over observations: ``count``, ``total`` (O,) and ``squares`` (O,) float64."""
+
+    count: float
+    total: Tensor
+    squares: Tensor
+
+
+class ObservationNorm:
+    """Running mean and standard deviation of every observation entry, over all live steps so far.
+
+    Kept as count, mean and sum of squared deviations and merged generation by generation (Chan et al. 1979), in float64:
+    plain sums of squares lose the variance of entries with a large mean. An entry's deviation is taken as at least 0.01,
+    and normalised values are clipped to +-10.
+    """
+
+    def __init__(self, obs_dim: int, device: torch.device | None = None) -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(obs_dim, dtype=torch.float64, device=device)
+        self.deviations = torch.zeros(obs_dim, dtype=torch.float64, device=device)
+        self._freeze()
+
+    def update(self, moments: Moments) -> None:
+        """Merge the moments of one generation."""
+        if moments.count <= 0 or not (moments.total.isfinite().all() and moments.squares.isfinite().all()):
+            return
+        mean = moments.total / moments.count
+        deviations = (moments.squares - moments.total * mean).clamp_min(0)
+        count = self.count + moments.count
+        delta = mean - self.mean
+        self.deviations = self.deviations + deviations + delta.square() * (self.count * moments.count / count)
+        self.mean = self.mean + delta * (moments.count / count)
+        self.count = count
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Derive the float32 shift and scale that are applied."""
+        variance = self.deviations / self.count.clamp_min(1)
+        std = torch.where(self.count > 1, variance.sqrt().clamp_min(_MIN_STD), torch.ones_like(variance))
+        self.shift = self.mean.to(torch.float32)
+        self.scale = (1 / std).to(torch.float32)
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        """Normalise ``(..., O)`` observations; returns float32 of the same shape."""
+        return obs.to(torch.float32).sub(self.shift).mul_(self.scale).clamp_(-_CLIP, _CLIP)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that :meth:`load_state_dict` needs."""
+        return {"count": self.count, "mean": self.mean, "deviations": self.deviations}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.count, self.mean, self.deviations = (
+            state[name].to(torch.float64).clone() for name in ("count", "mean", "deviations")
+        )
+        self._freeze()
+
+
+class Identity:
+    """No normalisation: only the conversion to float32 that the policy needs."""
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        """``(..., O)`` to float32."""
+        return obs.to(torch.float32)

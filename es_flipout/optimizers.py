@@ -1,0 +1,75 @@
+"""Gradient ascent on the mean weights: torch's own Adam and SGD, and ClipUp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class ClipUp(torch.optim.Optimizer):
+    """ClipUp (Toklu et al., "ClipUp: a simple and powerful optimizer for distribution-based policy evolution", PPSN 2020).
+
+    The gradient of all parameters together is scaled to length ``lr`` (a step size), momentum is added, and the velocity
+    is clipped to length ``max_speed``. The step is upwards: higher is better.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.9, max_speed: float | None = None
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "max_speed": max_speed})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step along ``p.grad``."""
+        for group in self.param_groups:
+            # Twice the step size is the ratio the paper recommends.
+            max_speed = 2 * group["lr"] if group["max_speed"] is None else group["max_speed"]
+            params = [p for p in group["params"] if p.grad is not None]
+            length = _norm([p.grad for p in params])
+            scale = torch.where(length > 0, group["lr"] / length, torch.zeros_like(length))
+            velocities = []
+            for p in params:
+                state = self.state[p]
+                if "velocity" not in state:
+                    state["velocity"] = torch.zeros_like(p)
+                state["velocity"].mul_(group["momentum"]).add_(p.grad * scale)
+                velocities.append(state["velocity"])
+            speed = _norm(velocities)
+            limit = torch.clamp(max_speed / speed.clamp_min(torch.finfo(speed.dtype).tiny), max=1.0)
+            for p, velocity in zip(params, velocities, strict=True):
+                velocity.mul_(limit)
+                p.add_(velocity)
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+
+
+def make_optimizer(
+    name: Literal["adam", "sgd", "clipup"],
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """The optimiser called ``name``; it steps upwards along ``p.grad``.
+
+    Args:
+        name: ``adam`` (``momentum`` is its beta1), ``sgd`` (heavy-ball momentum) or ``clipup``.
+        parameters: the mean weights.
+        learning_rate: step size; for ``clipup`` the length of one normalised step.
+        momentum: in [0, 1).
+
+    Raises:
+        ValueError: there is no such optimiser.
+    """
+    match name:
+        case "adam":
+            return torch.optim.Adam(parameters, lr=learning_rate, betas=(momentum, 0.999), maximize=True, foreach=False)
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, maximize=True, foreach=False)
+        case "clipup":
+            return ClipUp(parameters, lr=learning_rate, momentum=momentum)
+    raise ValueError(f"optimizer must be adam, sgd or clipup, got {name!r}")

@@ -1,0 +1,23 @@
+"""Perturbation families: how the members of a population differ from the mean."""
+
+from __future__ import annotations
+
+from es_flipout.perturbations.base import Family, LinearPerturbation, Members, Rows
+from es_flipout.perturbations.dense import Dense
+from es_flipout.perturbations.flipout import Flipout
+from es_flipout.perturbations.low_rank import LowRank
+
+__all__ = ["Dense", "Family", "Flipout", "LinearPerturbation", "LowRank", "Members", "Rows", "family_named"]
+
+_FAMILIES: dict[str, type[Family]] = {"flipout": Flipout, "low_rank": LowRank, "dense": Dense}
+
+
+def family_named(name: str) -> Family:
+    """The family ``flipout``, ``low_rank`` or ``dense`` with its default settings.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    if name not in _FAMILIES:
+        raise ValueError(f"perturbation must be one of {', '.join(_FAMILIES)}, got {name!r}")
+    return _FAMILIES[name]()

@@ -1,0 +1,128 @@
+"""Policies: plain ``nn.Module`` networks, and how their outputs become actions of a Gymnasium space.
+
+Letters: ``n`` rows, ``O`` observation size, ``A`` action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import gymnasium
+import torch
+from torch import Tensor, nn
+
+from es_flipout.errors import UserError
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+
+
+class MLP(nn.Module):
+    """A fully connected network, ``(n, O)`` to ``(n, A)``.
+
+    Weights start with orthogonal rows or columns of unit gain and biases at zero; the last layer is scaled down by
+    ``output_gain``, so that the untrained policy acts close to the middle of the action space.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int] = (64, 64),
+        activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "tanh",
+        output_gain: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise UserError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        sizes = [obs_dim, *hidden, action_dim]
+        layers: list[nn.Module] = []
+        for i, (size_in, size_out) in enumerate(pairwise(sizes)):
+            last = i == len(sizes) - 2
+            linear = nn.Linear(size_in, size_out)
+            nn.init.orthogonal_(linear.weight, gain=output_gain if last else 1.0, generator=generator)
+            nn.init.zeros_(linear.bias)
+            layers += [linear] if last else [linear, _ACTIVATIONS[activation]()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Network output (an action before :class:`ActionMap`, or one score for each discrete action)."""
+        return self.layers(x)
+
+
+class Linear(nn.Module):
+    """A linear policy that starts at zero, ``(n, O)`` to ``(n, A)`` (as in ARS, Mania et al. 2018)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.Linear(obs_dim, action_dim, bias=bias)
+        nn.init.zeros_(self.layer.weight)
+        if bias:
+            nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Network output (an action before :class:`ActionMap`, or one score for each discrete action)."""
+        return self.layer(x)
+
+
+class ActionMap:
+    """Turns network outputs into actions of a space.
+
+    ``Discrete``: the action with the largest output. ``Box``: an output of -1 is the lower and +1 the upper bound of the
+    action, 0 the middle; ``clip`` cuts what lies outside, ``tanh`` squashes it. Where a bound is infinite the output is
+    the action.
+
+    Attributes:
+        size: outputs that the network must have.
+    """
+
+    def __init__(self, space: gymnasium.Space, squash: Literal["clip", "tanh"] = "clip") -> None:
+        self.space = space
+        self.squash = squash
+        if isinstance(space, gymnasium.spaces.Discrete):
+            self.size = int(space.n)
+            self.start = int(space.start)
+        elif isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
+            self.size = space.shape[0]
+            low = torch.as_tensor(space.low, dtype=torch.float32)
+            high = torch.as_tensor(space.high, dtype=torch.float32)
+            self.bounded = bool(torch.isfinite(low).all() and torch.isfinite(high).all())
+            self.middle = (low + high) / 2
+            self.half_range = (high - low) / 2
+            self.is_unit = bool((low == -1).all() and (high == 1).all())
+        else:
+            raise UserError(f"the action space {space} is not supported; supported: Discrete and one-dimensional Box")
+
+    def to(self, device: torch.device) -> ActionMap:
+        """Move the bounds to a device; returns itself."""
+        if not isinstance(self.space, gymnasium.spaces.Discrete):
+            self.middle, self.half_range = self.middle.to(device), self.half_range.to(device)
+        return self
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """``(n, size)`` outputs to ``(n,)`` int64 (Discrete) or ``(n, A)`` floating point (Box) actions."""
+        if isinstance(self.space, gymnasium.spaces.Discrete):
+            return output.argmax(-1) + self.start
+        if not self.bounded:
+            return output
+        action = output.clamp(-1, 1) if self.squash == "clip" else output.tanh()
+        return action if self.is_unit else self.middle + self.half_range * action
+
+
+def check_observation_space(space: gymnasium.Space) -> int:
+    """The observation size ``O`` of a one-dimensional ``Box``.
+
+    Raises:
+        UserError: any other space.
+    """
+    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        raise UserError(f"the observation space {space} is not supported; supported: one-dimensional Box")
+    return space.shape[0]

@@ -1,0 +1,146 @@
+"""One tuned configuration for each environment. Imports no torch.
+
+The figures behind them are in results/; ``results/LOG.md`` says what was tried.
+"""
+
+from __future__ import annotations
+
+from es_flipout.config import TrainConfig
+
+_NATIVE_PREFIX = "es_flipout/"
+
+
+def preset(env_id: str) -> TrainConfig:
+    """The tuned configuration of an environment, or the general one where there is none.
+
+    Args:
+        env_id: a Gymnasium id, with or without the prefix ``es_flipout/`` of the native environments.
+    """
+    base_id = env_id.removeprefix(_NATIVE_PREFIX)
+    return _PRESETS.get(base_id, _general)(env_id)
+
+
+def _general(env_id: str) -> TrainConfig:
+    return TrainConfig(env_id=env_id, env_steps=1_000_000)
+
+
+def _cartpole(env_id: str) -> TrainConfig:
+    return TrainConfig(
+        env_id=env_id,
+        env_steps=200_000,
+        population_size=32,
+        sigma=0.1,
+        learning_rate=0.1,
+        learning_rate_final=0.01,
+        hidden=(32, 32),
+        score_every=5,
+        checkpoint_every=20,
+    )
+
+
+def _pendulum(env_id: str) -> TrainConfig:
+    return TrainConfig(
+        env_id=env_id,
+        env_steps=4_000_000,
+        population_size=128,
+        episodes=2,
+        sigma=0.1,
+        learning_rate=0.03,
+        learning_rate_final=0.003,
+        hidden=(32, 32),
+        start_states="generation",
+    )
+
+
+def _acrobot(env_id: str) -> TrainConfig:
+    return TrainConfig(
+        env_id=env_id,
+        env_steps=1_000_000,
+        population_size=64,
+        sigma=0.1,
+        learning_rate=0.05,
+        learning_rate_final=0.005,
+        hidden=(32, 32),
+        score_every=5,
+    )
+
+
+def _mountain_car_continuous(env_id: str) -> TrainConfig:
+    return TrainConfig(
+        env_id=env_id,
+        env_steps=1_000_000,
+        population_size=64,
+        sigma=0.3,
+        learning_rate=0.1,
+        learning_rate_final=0.01,
+        hidden=(16,),
+        score_every=2,
+    )
+
+
+def _inverted_pendulum(env_id: str) -> TrainConfig:
+    return TrainConfig(
+        env_id=env_id,
+        env_steps=1_000_000,
+        population_size=64,
+        sigma=0.05,
+        learning_rate=0.03,
+        learning_rate_final=0.003,
+        score_every=5,
+    )
+
+
+def _inverted_double_pendulum(env_id: str) -> TrainConfig:
+    return TrainConfig(
+        env_id=env_id,
+        env_steps=5_000_000,
+        population_size=64,
+        sigma=0.05,
+        learning_rate=0.03,
+        learning_rate_final=0.003,
+        remove_alive_bonus=False,
+    )
+
+
+def _swimmer(env_id: str) -> TrainConfig:
+    return TrainConfig(
+        env_id=env_id,
+        env_steps=5_000_000,
+        population_size=64,
+        sigma=0.1,
+        learning_rate=0.03,
+        learning_rate_final=0.003,
+    )
+
+
+def _half_cheetah(env_id: str) -> TrainConfig:
+    return TrainConfig(env_id=env_id, env_steps=12_000_000, population_size=64, sigma=0.03, learning_rate=0.02)
+
+
+def _hopper(env_id: str) -> TrainConfig:
+    return TrainConfig(env_id=env_id, env_steps=10_000_000, population_size=128, sigma=0.03, learning_rate=0.02)
+
+
+def _walker(env_id: str) -> TrainConfig:
+    return TrainConfig(env_id=env_id, env_steps=40_000_000, population_size=256, sigma=0.03, learning_rate=0.02)
+
+
+def _large(env_id: str) -> TrainConfig:
+    return TrainConfig(env_id=env_id, env_steps=100_000_000, population_size=512, sigma=0.02, learning_rate=0.01)
+
+
+_PRESETS = {
+    "CartPole-v1": _cartpole,
+    "Pendulum-v1": _pendulum,
+    "Acrobot-v1": _acrobot,
+    "MountainCarContinuous-v0": _mountain_car_continuous,
+    "InvertedPendulum-v5": _inverted_pendulum,
+    "InvertedDoublePendulum-v5": _inverted_double_pendulum,
+    "Swimmer-v5": _swimmer,
+    "HalfCheetah-v5": _half_cheetah,
+    "Hopper-v5": _hopper,
+    "Walker2d-v5": _walker,
+    "Ant-v5": _large,
+    "Humanoid-v5": _large,
+    "HumanoidStandup-v5": _large,
+}

@@ -1,0 +1,137 @@
+"""Addressed random numbers: a value is a pure function of (seed, generation, layer, stream, member).
+
+Nothing is consumed, so the same member gets the same perturbation to the bit whatever the chunking, sharding, number of
+threads or device. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
+the key is the seed, the 128-bit counter is the address, so no two addresses can ever collide. Only integer operations,
+table look-ups and single additions and products are used: transcendental functions differ in the last bit between devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+
+
+class Stream(IntEnum):
+    """What a random number is for; independent streams of one layer and member."""
+
+    BASE = 0
+    INPUT_SIGNS = 1
+    OUTPUT_SIGNS = 2
+    WEIGHT = 3
+    BIAS = 4
+    LEFT_FACTOR = 5
+    RIGHT_FACTOR = 6
+    START_STATE = 7
+    INIT = 8
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where random numbers live: ``seed`` in [0, 2^64), ``generation`` in [0, 2^32), ``layer`` in [0, 2^24)."""
+
+    seed: int
+    generation: int = 0
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+        if not 0 <= self.generation < 2**32 or not 0 <= self.layer < 2**24:
+            raise ValueError(f"generation must be in [0, 2**32) and layer in [0, 2**24), got {self}")
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words (broadcast against each other).
+
+    Returns:
+        Four int64 tensors with values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The low 64 bits of the product are right also where int64 wraps; the arithmetic shift is masked back.
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
+        high0 = (product0 >> 32).bitwise_and_(_MASK)
+        high1 = (product1 >> 32).bitwise_and_(_MASK)
+        c0 = high1.bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = high0.bitwise_xor_(c3).bitwise_xor_(k1)
+        c1 = product1.bitwise_and_(_MASK)
+        c3 = product0.bitwise_and_(_MASK)
+        k0 = (k0 + _KEY_INCREMENTS[0]) & _MASK
+        k1 = (k1 + _KEY_INCREMENTS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def words(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
+    """Random 32-bit words.
+
+    Args:
+        address: seed, generation and layer.
+        stream: what the numbers are for.
+        members: ``(n,)`` int64, which members (or bases, or pairs) to draw for, on the device to compute on.
+        count: words for each member.
+
+    Returns:
+        ``(n, count)`` int64 with values in [0, 2^32).
+    """
+    blocks = -(-count // 4)
+    device = members.device
+    counter = (
+        torch.arange(blocks, device=device)[None, :],
+        members[:, None],
+        torch.full((1, 1), (address.layer << 8) | stream, dtype=torch.int64, device=device),
+        torch.full((1, 1), address.generation, dtype=torch.int64, device=device),
+    )
+    out = philox4x32(counter, (address.seed & _MASK, address.seed >> 32))
+    return torch.stack(out, dim=-1).view(len(members), 4 * blocks)[:, :count]
+
+
+def signs(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
+    """Independent fair signs, ``(n, count)`` int8 with values exactly -1 and +1 (arguments as for :func:`words`)."""
+    packed = words(address, stream, members, -(-count // 32))
+    octets = torch.stack([(packed >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
+    return _sign_table(members.device)[octets.view(len(members), -1)].view(len(members), -1)[:, :count]
+
+
+def normals(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
+    """Independent standard normal numbers, ``(n, count)`` float32 (arguments as for :func:`words`).
+
+    The sum of two entries of a table of 2^16 equally likely normal quantiles, scaled to unit variance: 2^32 equally
+    likely values up to 6 in size, with one rounding per operation and so the same bits everywhere.
+    """
+    drawn = words(address, stream, members, count)
+    table = _normal_table(members.device)
+    return (table[drawn & 0xFFFF] + table[drawn >> 16]) * 0.5**0.5
+
+
+def integers(address: Address, stream: Stream, members: Tensor, count: int = 1) -> Tensor:
+    """Integers uniform in [0, 2^31), ``(n, count)`` int64: for instance seeds for environments."""
+    return words(address, stream, members, count) >> 1
+
+
+@cache
+def _sign_table(device: torch.device) -> Tensor:
+    """Row ``b`` holds the eight bits of the byte ``b`` as signs, ``(256, 8)`` int8."""
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    return (2 * bits - 1).to(torch.int8).to(device)
+
+
+@cache
+def _normal_table(device: torch.device) -> Tensor:
+    """The 2^16 mid-point quantiles of the normal distribution, antisymmetric and of unit variance, ``(65536,)`` float32."""
+    normal = NormalDist()
+    upper = torch.tensor([normal.inv_cdf((i + 0.5) / 65536) for i in range(32768, 65536)], dtype=torch.float64)
+    upper /= upper.square().mean().sqrt()
+    return torch.cat([-upper.flip(0), upper]).to(torch.float32).to(device)

@@ -1,0 +1,321 @@
+"""Rollout: a population plays its episodes in a batch of environments.
+
+The ``P * E`` episodes are jobs in a queue. Every slot of the environments plays one job; a slot whose episode ends takes
+the next job at once. Dead slots are not stepped and not counted. Given two environments, the physics of one runs in a
+thread (which releases the GIL) while the policy works on the other.
+
+Letters: ``P`` members, ``E`` episodes of each, ``J = P * E`` jobs, ``S`` slots of one environment, ``O`` observation size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from es_flipout.envs.base import BatchEnv
+from es_flipout.observation_norm import Identity, Moments
+from es_flipout.policies import ActionMap
+from es_flipout.population import Population
+from es_flipout.randomness import Address, Stream, integers
+
+# Observation statistics come from the episodes of this many members at most: their mean is known long before that.
+_MOMENT_JOBS = 4096
+
+
+class RolloutInterrupted(Exception):  # noqa: N818  (not an error: the caller asked for it)
+    """The caller's ``should_stop`` said so; nothing of the rollout is kept."""
+
+
+class Policies(Protocol):
+    """What a rollout needs of a population."""
+
+    size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations are expected."""
+        ...
+
+    def select(self, members: Tensor) -> Rows:
+        """A forward for the given members."""
+        ...
+
+
+class Rows(Protocol):
+    """A forward whose row ``i`` belongs to one member, and can be given to another."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(n, O)`` to ``(n, outputs)``."""
+        ...
+
+    def replace(self, rows: Tensor, members: Tensor) -> None:
+        """Give rows to other members."""
+        ...
+
+
+@dataclass
+class Rollout:
+    """What the episodes of a population gave.
+
+    Attributes:
+        returns: ``(P,)`` float64, mean over the member's episodes of the environment's undiscounted return.
+        fitness: ``(P,)`` float64, the same less the alive bonus that was asked to be removed: what to train on.
+        episode_returns: ``(P, E)`` float64.
+        lengths: ``(P, E)`` int64, steps of every episode.
+        env_steps: live environment steps, all episodes together.
+        moments: sums over the observations that the policies acted on.
+        diverged: episodes that ended because the environment's state was no longer finite.
+        nan_returns: members whose return is NaN.
+    """
+
+    returns: Tensor
+    fitness: Tensor
+    episode_returns: Tensor
+    lengths: Tensor
+    env_steps: int
+    moments: Moments
+    diverged: int
+    nan_returns: int
+
+
+def start_seeds(population: Population, episodes: int, common: bool = False) -> Tensor:
+    """Seeds of the start states of a generation's episodes, ``(P, E)`` int64; antithetic partners share theirs.
+
+    Args:
+        population: its seed and generation address the seeds.
+        episodes: ``E``.
+        common: give all members the same start states (common random numbers).
+    """
+    members = population.members
+    sources = torch.zeros_like(members.sources) if common else members.sources
+    drawn = integers(Address(population.seed, population.generation), Stream.START_STATE, sources, episodes)
+    return drawn[members.source_of(torch.arange(members.size, device=drawn.device))].cpu()
+
+
+def run(
+    population: Policies,
+    env: BatchEnv | Sequence[BatchEnv],
+    episodes: int = 1,
+    *,
+    observation_norm: Callable[[Tensor], Tensor] | None = None,
+    action_map: ActionMap | None = None,
+    seeds: Tensor | None = None,
+    max_episode_steps: int | None = None,
+    remove_alive_bonus: bool = False,
+    should_stop: Callable[[], bool] | None = None,
+) -> Rollout:
+    """Play ``episodes`` episodes of every member.
+
+    Args:
+        population: the members.
+        env: one environment batch, or two (of any sizes) to overlap physics with the policy.
+        episodes: ``E``.
+        observation_norm: applied to observations before the policy; only converts to float32 by default.
+        action_map: turns outputs into actions; by default the one of the environment's action space.
+        seeds: ``(P, E)`` int64, start states; by default addressed by the population's seed and generation.
+        max_episode_steps: end episodes after this many steps, if that is before the environment's own limit.
+        remove_alive_bonus: leave the environment's alive bonus out of ``fitness``.
+        should_stop: asked before every step; true ends the rollout with :class:`RolloutInterrupted`.
+
+    Returns:
+        The returns, lengths and observation moments.
+
+    Raises:
+        ValueError: ``episodes`` < 1 or ``seeds`` has another shape.
+        EnvironmentFailureError: the environment's own code raised.
+    """
+    envs = [env] if isinstance(env, BatchEnv) else list(env)
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if seeds is None:
+        if not isinstance(population, Population):
+            raise ValueError("seeds are needed for anything but a Population")
+        seeds = start_seeds(population, episodes)
+    if seeds.shape != (population.size, episodes):
+        raise ValueError(f"seeds must have shape ({population.size}, {episodes}), got {tuple(seeds.shape)}")
+    jobs = _Jobs(population.size, episodes, seeds, envs[0].observation_space.shape[0])
+    norm = observation_norm if observation_norm is not None else Identity()
+    actions = action_map if action_map is not None else ActionMap(envs[0].action_space)
+    limit = envs[0].max_episode_steps
+    cap = max_episode_steps if max_episode_steps is not None and (limit is None or max_episode_steps < limit) else None
+    lanes = [_Lane(e, population, jobs, norm, actions.to(population.device), cap) for e in envs]
+    if len(lanes) == 1:
+        _run_alone(lanes[0], should_stop)
+    else:
+        _run_overlapped(lanes, should_stop)
+    return jobs.result(envs[0].alive_bonus if remove_alive_bonus else 0.0)
+
+
+def _run_alone(lane: _Lane, should_stop: Callable[[], bool] | None) -> None:
+    while lane.any_live:
+        if should_stop is not None and should_stop():
+            raise RolloutInterrupted
+        lane.absorb(*lane.env.step(lane.act(), lane.live_mask))
+
+
+def _run_overlapped(lanes: list[_Lane], should_stop: Callable[[], bool] | None) -> None:
+    """While the one thread steps an environment, this one serves the other; lanes take turns, so the order is fixed."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="physics") as physics:
+        pending: dict[_Lane, Future] = {}
+        for lane in lanes:
+            if lane.any_live:
+                pending[lane] = physics.submit(lane.env.step, lane.act(), lane.live_mask)
+        while pending:
+            if should_stop is not None and should_stop():
+                raise RolloutInterrupted
+            for lane in list(pending):
+                lane.absorb(*pending.pop(lane).result())
+                if lane.any_live:
+                    pending[lane] = physics.submit(lane.env.step, lane.act(), lane.live_mask)
+
+
+class _Jobs:
+    """The queue of episodes, and what came of each."""
+
+    def __init__(self, size: int, episodes: int, seeds: Tensor, obs_dim: int) -> None:
+        self.shape = (size, episodes)
+        self.count = size * episodes
+        self.seeds = seeds.flatten()
+        self.next = 0
+        # Poisoned, so that a job that never ran cannot pass for one that did.
+        self.returns = torch.full((self.count,), torch.nan, dtype=torch.float64)
+        self.lengths = torch.full((self.count,), -1, dtype=torch.int64)
+        self.diverged = 0
+        moment_jobs = min(self.count, _MOMENT_JOBS)
+        self.total = torch.zeros(moment_jobs, obs_dim, dtype=torch.float64)
+        self.squares = torch.zeros(moment_jobs, obs_dim, dtype=torch.float64)
+
+    def take(self, count: int) -> Tensor:
+        """The next jobs, at most ``count``."""
+        first, self.next = self.next, min(self.next + count, self.count)
+        return torch.arange(first, self.next)
+
+    def member_of(self, jobs: Tensor) -> Tensor:
+        return jobs // self.shape[1]
+
+    def result(self, alive_bonus: float) -> Rollout:
+        assert bool((self.lengths > 0).all()), "a job was lost"
+        returns, lengths = self.returns.view(self.shape), self.lengths.view(self.shape)
+        fitness = returns - alive_bonus * lengths
+        moment_steps = self.lengths[: len(self.total)].sum()
+        # Sums over jobs in the order of jobs: the same to the bit whichever slots the jobs were played in.
+        moments = Moments(float(moment_steps), self.total.sum(0), self.squares.sum(0))
+        return Rollout(
+            returns=returns.mean(1),
+            fitness=fitness.mean(1),
+            episode_returns=returns,
+            lengths=lengths,
+            env_steps=int(lengths.sum()),
+            moments=moments,
+            diverged=self.diverged,
+            nan_returns=int(returns.mean(1).isnan().sum()),
+        )
+
+
+class _Lane:
+    """One environment batch and the jobs in its slots."""
+
+    def __init__(
+        self,
+        env: BatchEnv,
+        population: Policies,
+        jobs: _Jobs,
+        norm: Callable[[Tensor], Tensor],
+        actions: ActionMap,
+        cap: int | None,
+    ) -> None:
+        slots = env.num_envs
+        self.env, self.population, self.jobs, self.norm, self.actions, self.cap = (
+            env,
+            population,
+            jobs,
+            norm,
+            actions,
+            cap,
+        )
+        self.job = torch.zeros(slots, dtype=torch.int64)
+        self.live = torch.zeros(slots, dtype=torch.bool)
+        self.elapsed = torch.zeros(slots, dtype=torch.int64)
+        self.returns = torch.zeros(slots, dtype=torch.float64)
+        obs_dim = env.observation_space.shape[0]
+        self.total = torch.zeros(slots, obs_dim, dtype=torch.float64)
+        self.squares = torch.zeros(slots, obs_dim, dtype=torch.float64)
+        self.obs = torch.zeros(0)
+        self._begin(torch.arange(slots))
+        self.any_live = bool(self.live.any())
+        if self.any_live:
+            self._lay_out()
+
+    @property
+    def live_mask(self) -> Tensor | None:
+        """Which slots to step; None when all are live."""
+        return None if self.all_live else self.live
+
+    def _begin(self, slots: Tensor) -> Tensor:
+        """Start the next jobs in the given slots, as many as there are; returns the slots that got one."""
+        new = self.jobs.take(len(slots))
+        started = slots[: len(new)]
+        self.job[started] = new
+        self.live[slots] = False
+        self.live[started] = True
+        self.all_live = bool(self.live.all())
+        if len(new):
+            self.elapsed[started], self.returns[started] = 0, 0.0
+            self.total[started], self.squares[started] = 0.0, 0.0
+            seeds, mask = torch.zeros_like(self.job), torch.zeros_like(self.live)
+            seeds[started], mask[started] = self.jobs.seeds[new], True
+            self.obs = self.env.reset(seeds, mask).cpu()
+        return started
+
+    def _lay_out(self) -> None:
+        """Give a policy row to every live slot and to no other."""
+        self.rows = None if self.all_live else self.live.nonzero()[:, 0]
+        self.num_rows = len(self.live) if self.rows is None else len(self.rows)
+        jobs = self.job if self.rows is None else self.job[self.rows]
+        self.policy = self.population.select(self.jobs.member_of(jobs).to(self.population.device))
+
+    def act(self) -> Tensor:
+        """Actions of all slots for the observations at hand; dead slots get zeros."""
+        obs = self.obs
+        self.total += obs
+        self.squares.addcmul_(obs, obs)
+        x = obs if self.rows is None else obs[self.rows]
+        action = self.actions(self.policy(self.norm(x.to(self.population.device)))).to(self.env.device)
+        if self.rows is None:
+            return action
+        full = action.new_zeros(len(self.live), *action.shape[1:])
+        full[self.rows] = action
+        return full
+
+    def absorb(self, obs: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> None:
+        """Take in a step's outcome; end episodes and start the next jobs."""
+        self.obs = obs.cpu()
+        self.returns += reward.cpu()
+        self.elapsed += 1
+        done = (terminated | truncated).cpu()
+        if self.cap is not None:
+            done |= self.live & (self.elapsed >= self.cap)
+        if done.any():
+            self._end(done.nonzero()[:, 0])
+
+    def _end(self, slots: Tensor) -> None:
+        jobs, ended = self.jobs, self.job[slots]
+        jobs.returns[ended] = self.returns[slots]
+        jobs.lengths[ended] = self.elapsed[slots]
+        jobs.diverged += int(self.env.diverged.cpu()[slots].sum())
+        observed = ended < len(jobs.total)
+        jobs.total[ended[observed]] = self.total[slots[observed]]
+        jobs.squares[ended[observed]] = self.squares[slots[observed]]
+        started = self._begin(slots)
+        self.any_live = bool(self.live.any())
+        if len(started):
+            # Jobs only run out after every slot had one, so rows still are slots here unless there were few jobs.
+            rows = started if self.rows is None else torch.searchsorted(self.rows, started)
+            self.policy.replace(rows, self.jobs.member_of(self.job[started]).to(self.population.device))
+        if self.any_live and 2 * int(self.live.sum()) <= self.num_rows:
+            self._lay_out()

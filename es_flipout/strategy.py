@@ -1,0 +1,155 @@
+"""The strategy: ask for a population, tell its returns."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from es_flipout.errors import UserError
+from es_flipout.estimator import estimate_gradient
+from es_flipout.layers import convert
+from es_flipout.optimizers import make_optimizer
+from es_flipout.perturbations import Family, Members, family_named
+from es_flipout.population import ROW_BLOCK, Population
+from es_flipout.shaping import centered_ranks
+
+
+class EvolutionStrategy:
+    """An evolution strategy around any ``nn.Module`` made of supported leaves, for any objective.
+
+    Example::
+
+        strategy = EvolutionStrategy(module, population_size=256, sigma=0.05, learning_rate=0.02)
+        for _ in range(100):
+            population = strategy.ask()
+            returns = objective(population)  # (P,), higher is better
+            strategy.tell(returns)
+
+    Args:
+        module: the mean; it is copied, the caller's module is not changed.
+        population_size: ``P``.
+        sigma: perturbation standard deviation; may be changed between generations through the attribute.
+        perturbation: ``"flipout"``, ``"low_rank"``, ``"dense"``, or a family with settings such as ``Flipout(bases=8)``.
+        learning_rate: step size; may be changed between generations through the attribute.
+        optimizer: ``"adam"``, ``"sgd"`` or ``"clipup"``.
+        momentum: of the optimiser (beta1 of Adam).
+        weight_decay: every step shrinks the weights by ``learning_rate * weight_decay`` (decoupled, as in AdamW);
+            biases are left alone.
+        antithetic: evaluate every perturbation together with its negative.
+        seed: all randomness of the strategy follows from it.
+        device: where to compute; by default where the module is.
+        row_block: see :class:`Population`.
+
+    Raises:
+        UserError: an argument is out of range, or the module holds an unsupported layer (named in the message).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        population_size: int,
+        sigma: float,
+        perturbation: str | Family = "flipout",
+        learning_rate: float = 0.02,
+        optimizer: Literal["adam", "sgd", "clipup"] = "adam",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        antithetic: bool = True,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        row_block: int = ROW_BLOCK,
+    ) -> None:
+        if population_size < 2 or (antithetic and population_size % 2):
+            need = "an even number of at least 2 (antithetic pairs)" if antithetic else "at least 2"
+            raise UserError(f"population size must be {need}, got {population_size}")
+        if not sigma > 0:
+            raise UserError(f"sigma must be greater than 0, got {sigma}")
+        if not learning_rate > 0:
+            raise UserError(f"learning rate must be greater than 0, got {learning_rate}")
+        self._mean = copy.deepcopy(module)
+        if device is not None:
+            self._mean.to(device)
+        convert(self._mean)  # complains now about what it cannot perturb
+        first = next(self._mean.parameters(), None)
+        if first is None:
+            raise UserError("the module has no parameters, so there is nothing to evolve")
+        self.device = first.device
+        self.population_size = population_size
+        self.sigma = sigma
+        self.family = family_named(perturbation) if isinstance(perturbation, str) else perturbation
+        self.weight_decay = weight_decay
+        self.antithetic = antithetic
+        self.seed = seed
+        self.generation = 0
+        self.row_block = row_block
+        self.optimizer = make_optimizer(optimizer, self._mean.parameters(), learning_rate, momentum)
+        self._asked: Population | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """Step size of the optimiser."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = value
+
+    def ask(self) -> Population:
+        """The population of this generation; asking again gives the same one."""
+        members = Members(self.population_size, self.antithetic, self.device, self.population_size)
+        self._asked = Population(
+            self._mean, self.family, members, self.sigma, self.seed, self.generation, self.row_block
+        )
+        return self._asked
+
+    @torch.no_grad()
+    def tell(self, returns: Tensor) -> None:
+        """Move the mean towards the better members and begin the next generation.
+
+        Args:
+            returns: ``(P,)``, higher is better; NaN counts as worst.
+
+        Raises:
+            RuntimeError: there was no ``ask`` in this generation.
+            ValueError: ``returns`` has another shape.
+        """
+        if self._asked is None:
+            raise RuntimeError("tell() needs the population of an ask() before it")
+        returns = torch.as_tensor(returns).to(self.device)
+        if returns.shape != (self.population_size,):
+            raise ValueError(f"returns must have shape ({self.population_size},), got {tuple(returns.shape)}")
+        gradient = estimate_gradient(self._asked, centered_ranks(returns))
+        for name, parameter in self._mean.named_parameters():
+            parameter.grad = gradient[name]
+            if self.weight_decay and parameter.ndim > 1:
+                parameter.mul_(1 - self.learning_rate * self.weight_decay)
+        self.optimizer.step()
+        self._asked = None
+        self.generation += 1
+
+    def mean_module(self) -> nn.Module:
+        """A copy of the mean, of the user's own class."""
+        module = copy.deepcopy(self._mean)
+        for parameter in module.parameters():
+            parameter.grad = None
+        return module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Mean weights, optimiser state and generation: enough to continue to the bit."""
+        return {
+            "generation": self.generation,
+            "sigma": self.sigma,
+            "module": self._mean.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.generation = int(state["generation"])
+        self.sigma = float(state["sigma"])
+        self._mean.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._asked = None

@@ -1,0 +1,5 @@
+"""Shared by the environment tests."""
+
+import torch
+
+torch.set_num_threads(1)

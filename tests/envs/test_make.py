@@ -1,0 +1,65 @@
+"""Choosing an environment by its id."""
+
+import subprocess
+import sys
+
+import gymnasium
+import pytest
+import torch
+from es_flipout.envs import BatchEnv, UnsupportedEnvironmentError, make_env, native_env_ids
+
+
+@pytest.mark.parametrize("name", ["HalfCheetah", "halfcheetah-v5", "HalfCheeta-v5", "es_flipout/HalfCheetah"])
+def test_unknown_id_suggests_the_nearest(name: str) -> None:
+    with pytest.raises(UnsupportedEnvironmentError, match="did you mean HalfCheetah-v5") as caught:
+        make_env(name, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_id_with_nothing_near() -> None:
+    with pytest.raises(UnsupportedEnvironmentError, match="unknown environment 'qqqqqqqq'$"):
+        make_env("qqqqqqqq", 1)
+
+
+def test_module_that_cannot_be_imported() -> None:
+    with pytest.raises(UnsupportedEnvironmentError, match="cannot import no_such_module"):
+        make_env("no_such_module:Thing-v0", 1)
+
+
+def test_missing_dependency() -> None:
+    def entry_point() -> gymnasium.Env:
+        raise gymnasium.error.DependencyNotInstalled("Box3D is not installed, run `pip install box3d`")
+
+    gymnasium.register("EsFlipoutMissing-v0", entry_point)
+    with pytest.raises(UnsupportedEnvironmentError, match="EsFlipoutMissing-v0 needs a package .*pip install box3d"):
+        make_env("EsFlipoutMissing-v0", 1)
+    del gymnasium.registry["EsFlipoutMissing-v0"]
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v5", "FrozenLake-v1"])
+def test_size_must_be_positive(env_id: str) -> None:
+    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+        make_env(env_id, 0)
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "FrozenLake-v1"])
+def test_simulators_on_the_cpu_refuse_other_devices(env_id: str) -> None:
+    with pytest.raises(UnsupportedEnvironmentError, match="runs on the CPU only"):
+        make_env(env_id, 1, device="cuda")
+
+
+@pytest.mark.parametrize("env_id", [*native_env_ids(), "FrozenLake-v1"])
+def test_attributes(env_id: str) -> None:
+    env = make_env(f"es_flipout/{env_id}", 2)
+    assert isinstance(env, BatchEnv)
+    assert (env.env_id, env.num_envs, env.kwargs) == (env_id, 2, {})
+    assert env.backend == native_env_ids().get(env_id, "gymnasium")
+    assert env.max_episode_steps == gymnasium.spec(env_id).max_episode_steps
+    assert env.device == torch.device("cpu")
+    assert env.diverged.tolist() == [False, False]
+    env.close()
+
+
+def test_import_leaves_mujoco_alone() -> None:
+    code = "import sys, es_flipout.envs; assert 'mujoco' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

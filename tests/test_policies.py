@@ -1,0 +1,161 @@
+"""Policies as plain modules, and the way from network outputs to actions of a space."""
+
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from es_flipout.errors import UserError
+from es_flipout.policies import MLP, ActionMap, Linear, check_observation_space
+
+ASYMMETRIC = Box(np.array([-1.0, 2.0, -7.0], np.float32), np.array([3.0, 2.5, 0.0], np.float32))
+UNBOUNDED = Box(-np.inf, np.inf, (2,), np.float32)
+
+
+def test_mlp_layers_and_start() -> None:
+    network = MLP(5, 3, hidden=(8, 4), activation="relu")
+    assert [type(layer).__name__ for layer in network.layers] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    first, second, last = (layer for layer in network.layers if isinstance(layer, nn.Linear))
+    torch.testing.assert_close(first.weight.T @ first.weight, torch.eye(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(second.weight @ second.weight.T, torch.eye(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(last.weight @ last.weight.T, 0.01 * torch.eye(3), atol=1e-6, rtol=0)
+    assert all(not layer.bias.any() for layer in (first, second, last))
+
+
+def test_mlp_computes_what_it_says() -> None:
+    network = MLP(3, 2, hidden=(4,), activation="tanh")
+    first, last = network.layers[0], network.layers[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    x = torch.randn(6, 3)
+    expected = np.tanh(x.numpy() @ first.weight.detach().numpy().T) @ last.weight.detach().numpy().T
+    np.testing.assert_allclose(network(x).detach().numpy(), expected, atol=1e-6)
+
+
+def test_mlp_without_hidden_layers_is_linear() -> None:
+    assert [type(layer).__name__ for layer in MLP(3, 2, hidden=()).layers] == ["Linear"]
+
+
+def test_mlp_start_follows_its_generator_alone() -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        network = MLP(3, 2, generator=torch.Generator().manual_seed(seed))
+        return [parameter.detach() for parameter in network.parameters()]
+
+    torch.manual_seed(1)
+    one = weights(7)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, weights(7), strict=True))
+    assert not torch.equal(one[0], weights(8)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("tanh", "Tanh"), ("relu", "ReLU"), ("elu", "ELU"), ("silu", "SiLU"), ("gelu", "GELU")]
+)
+def test_activations(name: Any, kind: str) -> None:
+    assert type(MLP(2, 1, hidden=(3,), activation=name).layers[1]).__name__ == kind
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(UserError, match="tanh, relu.*'sine'"):
+        MLP(2, 1, activation="sine")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_starts_at_zero(bias: bool) -> None:
+    network = Linear(4, 2, bias=bias)
+    assert network(torch.randn(3, 4)).tolist() == [[0.0, 0.0]] * 3
+    assert len(list(network.parameters())) == 1 + bias
+
+
+@pytest.mark.parametrize("start", [0, 5, -2])
+def test_discrete_takes_the_largest_output(start: int) -> None:
+    space = Discrete(3, start=start)
+    action_map = ActionMap(space)
+    assert action_map.size == 3
+    actions = action_map(torch.tensor([[0.1, 0.3, 0.2], [5.0, -1.0, 0.0], [-3.0, -2.0, -1.0]]))
+    assert actions.dtype == torch.int64
+    assert actions.tolist() == [start + 1, start, start + 2]
+    assert all(space.contains(np.int64(action)) for action in actions.tolist())
+
+
+def test_clipped_outputs_reach_asymmetric_bounds() -> None:
+    action_map = ActionMap(ASYMMETRIC)
+    assert action_map.size == 3
+    outputs = torch.tensor([[-1.0] * 3, [0.0] * 3, [1.0] * 3, [0.5, -0.5, 0.5], [9.0, -9.0, torch.inf]])
+    expected = torch.tensor(
+        [[-1.0, 2.0, -7.0], [1.0, 2.25, -3.5], [3.0, 2.5, 0.0], [2.0, 2.125, -1.75], [3.0, 2.0, 0.0]]
+    )
+    torch.testing.assert_close(action_map(outputs), expected)
+
+
+def test_tanh_squashes_into_the_bounds() -> None:
+    outputs = torch.tensor([[0.0, 1.0, -1.0], [50.0, -50.0, 50.0]])
+    t = float(np.tanh(1.0))
+    expected = torch.tensor([[1.0, 2.25 + 0.25 * t, -3.5 - 3.5 * t], [3.0, 2.0, 0.0]])
+    torch.testing.assert_close(ActionMap(ASYMMETRIC, squash="tanh")(outputs), expected)
+
+
+@pytest.mark.parametrize("squash", ["clip", "tanh"])
+def test_unit_box(squash: Literal["clip", "tanh"]) -> None:
+    outputs = torch.linspace(-3, 3, 12).view(4, 3)
+    expected = outputs.clamp(-1, 1) if squash == "clip" else torch.from_numpy(np.tanh(outputs.numpy()))
+    torch.testing.assert_close(ActionMap(Box(-1, 1, (3,), np.float32), squash)(outputs), expected)
+
+
+@pytest.mark.parametrize("squash", ["clip", "tanh"])
+def test_unbounded_outputs_are_the_actions(squash: Literal["clip", "tanh"]) -> None:
+    outputs = torch.tensor([[-50.0, 3.5], [0.0, 1e6]])
+    assert torch.equal(ActionMap(UNBOUNDED, squash)(outputs), outputs)
+
+
+@pytest.mark.parametrize("squash", ["clip", "tanh"])
+def test_only_entries_with_an_infinite_bound_are_unbounded(squash: Literal["clip", "tanh"]) -> None:
+    space = Box(np.array([-2.0, -np.inf], np.float32), np.array([2.0, np.inf], np.float32))
+    actions = ActionMap(space, squash)(torch.tensor([[50.0, 50.0], [-50.0, -50.0], [0.0, 0.0]]))
+    assert actions.tolist() == [[2.0, 50.0], [-2.0, -50.0], [0.0, 0.0]]
+
+
+@given(
+    low=st.floats(-100, 100, width=32),
+    width=st.floats(0.015625, 100, width=32),
+    output=st.floats(-100, 100, width=32),
+    squash=st.sampled_from(["clip", "tanh"]),
+)
+def test_actions_lie_in_the_space(
+    low: float, width: float, output: float, squash: Literal["clip", "tanh"]
+) -> None:
+    space = Box(np.array([low], np.float32), np.array([low + width], np.float32))
+    for value in (output, 1.0, -1.0):
+        action = ActionMap(space, squash)(torch.tensor([[value]]))[0]
+        assert space.contains(action.numpy())
+
+
+def test_outputs_are_not_changed() -> None:
+    for action_map in (ActionMap(ASYMMETRIC), ActionMap(ASYMMETRIC, "tanh"), ActionMap(Box(-1, 1, (3,), np.float32))):
+        outputs = torch.full((2, 3), 4.0)
+        action_map(outputs)
+        assert torch.equal(outputs, torch.full((2, 3), 4.0))
+
+
+@pytest.mark.parametrize(
+    "space", [Box(-1, 1, (2, 3), np.float32), MultiDiscrete([2, 3]), gymnasium.spaces.Dict({"a": Discrete(2)})], ids=str
+)
+def test_unsupported_action_space_is_named(space: gymnasium.Space) -> None:
+    with pytest.raises(UserError, match=type(space).__name__):
+        ActionMap(space)
+
+
+def test_observation_space() -> None:
+    assert check_observation_space(Box(-np.inf, np.inf, (17,), np.float64)) == 17
+
+
+@pytest.mark.parametrize("space", [Box(0, 255, (8, 8), np.uint8), Discrete(4)], ids=str)
+def test_unsupported_observation_space_is_named(space: gymnasium.Space) -> None:
+    with pytest.raises(UserError, match=type(space).__name__):
+        check_observation_space(space)
