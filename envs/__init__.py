@@ -1,9 +1,9 @@
 """Batches of environments as torch tensors. Importing this package registers the ``es_flipout/`` Gymnasium ids."""
 
-from .base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError
-from .make import make_env, native_env_ids
-from .registration import register_native_envs
-from .vector import NativeVectorEnv
+from es_flipout.envs.base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError
+from es_flipout.envs.make import make_env, native_env_ids
+from es_flipout.envs.registration import register_native_envs
+from es_flipout.envs.vector import NativeVectorEnv
 
 __all__ = [
     "BatchEnv",

@@ -37,7 +37,8 @@ class BatchEnv(ABC):
         alive_bonus: the part of every step's reward that is paid for merely not having ended (0 where there is none).
         device: where the tensors of :meth:`reset` and :meth:`step` live.
         backend: ``"torch"``, ``"mujoco"`` or ``"gymnasium"``.
-        diverged: ``(S,)`` bool, the slots whose last step gave a state that is not finite (such a step terminates).
+        diverged: ``(S,)`` bool, the slots whose last step gave a state that is not finite (such a step terminates,
+            with reward 0).
     """
 
     env_id: str
@@ -79,5 +80,5 @@ class BatchEnv(ABC):
             EnvironmentFailureError: the environment's own code raised.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most environments hold nothing)
         """Release what the environments hold (processes, threads, windows)."""

@@ -12,8 +12,9 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
-from .torch_env import TorchTask
+from es_flipout.envs.torch_env import TorchTask
 
 
 def _symmetric_box(*high: float) -> Box:
@@ -40,9 +41,11 @@ class CartPole(TorchTask):
     action_space = Discrete(2)
     sutton_barto_reward: bool = False
 
+    @override
     def start(self, rng: np.random.Generator) -> NDArray[np.float64]:
         return rng.uniform(low=-0.05, high=0.05, size=(4,))
 
+    @override
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gravity, mass_pole, half_length, push, tau = 9.8, 0.1, 0.5, 10.0, 0.02
         total_mass, pole_moment = mass_pole + 1.0, mass_pole * half_length
@@ -59,6 +62,7 @@ class CartPole(TorchTask):
         reward = -terminated.double() if self.sutton_barto_reward else torch.ones_like(x)
         return torch.stack((x, x_dot + tau * linear, theta, theta_dot + tau * angular)), reward, terminated
 
+    @override
     def observe(self, state: Tensor) -> Tensor:
         return state.T.float()
 
@@ -73,10 +77,12 @@ class Pendulum(TorchTask):
     action_space = _symmetric_box(max_torque)
     g: float = 10.0
 
+    @override
     def start(self, rng: np.random.Generator) -> NDArray[np.float64]:
         high = np.array([np.pi, 1.0])
         return rng.uniform(low=-high, high=high)
 
+    @override
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         dt = 0.05
         theta, speed = state.unbind()
@@ -87,6 +93,7 @@ class Pendulum(TorchTask):
         speed = speed.clamp(-self.max_speed, self.max_speed)
         return torch.stack((theta + speed * dt, speed)), -cost, None
 
+    @override
     def observe(self, state: Tensor) -> Tensor:
         theta, speed = state.unbind()
         return torch.stack((theta.cos(), theta.sin(), speed), 1).float()
@@ -104,11 +111,13 @@ class Acrobot(TorchTask):
     observation_space = _symmetric_box(1.0, 1.0, 1.0, 1.0, *max_speeds)
     action_space = Discrete(3)
 
+    @override
     def start(self, rng: np.random.Generator) -> NDArray[np.float64]:
         start = rng.uniform(low=-0.1, high=0.1, size=(4,)).astype(np.float32)
         cosines, sines = np.cos(start[:2]), np.sin(start[:2])
         return np.array([*start, cosines[0], sines[0], cosines[1], sines[1]], np.float64)
 
+    @override
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         dt = 0.2
         torque = action.double() - 1.0
@@ -145,6 +154,7 @@ class Acrobot(TorchTask):
         )
         return torch.stack((speed1, speed2, -(d2 * acceleration2 + phi1) / d1, acceleration2))
 
+    @override
     def observe(self, state: Tensor) -> Tensor:
         return torch.cat((state[4:], state[2:4])).T.float()
 
@@ -167,9 +177,11 @@ class MountainCar(TorchTask):
     action_space = Discrete(3)
     goal_velocity: float = 0
 
+    @override
     def start(self, rng: np.random.Generator) -> NDArray[np.float64]:
         return np.array([rng.uniform(low=-0.6, high=-0.4), 0.0])
 
+    @override
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         position, velocity = state.unbind()
         velocity = velocity + ((action.double() - 1) * 0.001 + (3 * position).cos() * (-0.0025))
@@ -179,6 +191,7 @@ class MountainCar(TorchTask):
         terminated = (position >= 0.5) & (velocity >= self.goal_velocity)
         return torch.stack((position, velocity)), torch.full_like(position, -1.0), terminated
 
+    @override
     def observe(self, state: Tensor) -> Tensor:
         return state.T.float()
 
@@ -197,9 +210,11 @@ class MountainCarContinuous(TorchTask):
     action_space = Box(-1.0, 1.0, (1,), np.float32)
     goal_velocity: float = 0
 
+    @override
     def start(self, rng: np.random.Generator) -> NDArray[np.float64]:
         return np.array([rng.uniform(low=-0.6, high=-0.4), 0.0, 0.0])
 
+    @override
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         position, velocity, started = state.unbind()
         single = started > 0
@@ -221,6 +236,7 @@ class MountainCarContinuous(TorchTask):
         state = torch.stack((_float32(position), _float32(velocity), torch.ones_like(started)))
         return state, reward, terminated
 
+    @override
     def observe(self, state: Tensor) -> Tensor:
         return state[:2].T.float()
 

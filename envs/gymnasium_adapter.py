@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError
+from es_flipout.envs.base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError
 
 
 class Freezable(gymnasium.Wrapper):
@@ -51,9 +51,7 @@ class GymnasiumBatchEnv(BatchEnv):
     the slot keeps showing its last finite observation.
     """
 
-    def __init__(
-        self, env_id: str, num_envs: int, kwargs: Mapping[str, Any], vectorization_mode: str = "sync"
-    ) -> None:
+    def __init__(self, env_id: str, num_envs: int, kwargs: Mapping[str, Any], vectorization_mode: str = "sync") -> None:
         """Make the environments.
 
         Args:
@@ -73,7 +71,7 @@ class GymnasiumBatchEnv(BatchEnv):
                 num_envs,
                 vectorization_mode,
                 vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP},
-                wrappers=[_flatten, Freezable],
+                wrappers=[_prepare],
                 disable_env_checker=True,
                 **kwargs,
             )
@@ -147,12 +145,12 @@ class GymnasiumBatchEnv(BatchEnv):
             raise EnvironmentFailureError(f"{self.env_id}: {type(error).__name__}: {error}") from error
 
 
-def _flatten(env: gymnasium.Env) -> gymnasium.Env:
-    """Make observations one-dimensional arrays."""
+def _prepare(env: gymnasium.Env) -> Freezable:
+    """Make observations one-dimensional arrays, and the environment one that can be frozen."""
     space = env.observation_space
-    if isinstance(space, Box) and len(space.shape) == 1:
-        return env
-    return gymnasium.wrappers.FlattenObservation(env)
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        env = gymnasium.wrappers.FlattenObservation(env)
+    return Freezable(env)
 
 
 def _flat_box(env_id: str, space: gymnasium.Space) -> Box:

@@ -9,12 +9,12 @@ from typing import Any
 import gymnasium
 import torch
 
-from .base import BatchEnv, UnsupportedEnvironmentError
-from .classic import CLASSIC_TASKS
-from .gymnasium_adapter import GymnasiumBatchEnv
-from .mujoco_tasks import MUJOCO_TASKS
-from .native import NativeBatchEnv, build_task
-from .torch_env import TorchBatchEnv
+from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError
+from es_flipout.envs.classic import CLASSIC_TASKS
+from es_flipout.envs.gymnasium_adapter import GymnasiumBatchEnv
+from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
+from es_flipout.envs.native import NativeBatchEnv, build_task
+from es_flipout.envs.torch_env import TorchBatchEnv
 
 NAMESPACE = "es_flipout/"
 
@@ -67,7 +67,7 @@ def make_native_env(
     _require_cpu(env_id, device)
     task = build_task(MUJOCO_TASKS[env_id], env_id, kwargs)
     try:
-        from .mujoco_cpu import MujocoBatchEnv
+        from es_flipout.envs.mujoco_cpu import MujocoBatchEnv
     except ImportError as error:
         raise UnsupportedEnvironmentError(f"{env_id} needs MuJoCo: pip install mujoco ({error})") from error
     return MujocoBatchEnv(env_id, task, num_envs, kwargs, threads)

@@ -4,6 +4,9 @@ Gymnasium calls ``mj_rnePostConstraint`` after ``mj_step``. ``mujoco.batch.Batch
 interface has one (``mujoco/mjbatch.h``), which this module reaches with ctypes.
 """
 
+# MuJoCo has its names from a compiled module without type stubs
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import ctypes

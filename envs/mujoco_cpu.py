@@ -1,5 +1,8 @@
 """MuJoCo tasks on the CPU, the physics in MuJoCo's own thread pool: :class:`MujocoBatchEnv`."""
 
+# MuJoCo has its names from a compiled module without type stubs
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import math
@@ -15,10 +18,10 @@ from mujoco.batch import Batch, SimulationError
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .base import EnvironmentFailureError
-from .mujoco_contact import ContactForceBatch
-from .mujoco_tasks import ModelFacts, MujocoTask
-from .native import NativeBatchEnv
+from es_flipout.envs.base import EnvironmentFailureError
+from es_flipout.envs.mujoco_contact import ContactForceBatch
+from es_flipout.envs.mujoco_task import ModelFacts, MujocoTask
+from es_flipout.envs.native import NativeBatchEnv
 
 _BAD_STATE = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADCTRL) + 1)
 _STAGE_NONE = int(mujoco.mjtStage.mjSTAGE_NONE)
@@ -61,8 +64,8 @@ def action_space(model: mujoco.MjModel) -> gymnasium.spaces.Box:
 class MujocoBatchEnv(NativeBatchEnv):
     """A MuJoCo task on the CPU, equal to Gymnasium's to the bit.
 
-    A slot whose state stops being finite (MuJoCo counts a warning and resets it) terminates with reward 0 and shows the
-    model's reference state until it is reset. The tensors that :meth:`step` and :meth:`reset` return are the caller's.
+    A slot whose state or reward stops being finite (MuJoCo counts a warning and resets it) terminates with reward 0 and
+    shows the model's reference state until it is reset. The tensors that :meth:`step` and :meth:`reset` return are the caller's.
     """
 
     def __init__(
@@ -141,8 +144,8 @@ class MujocoBatchEnv(NativeBatchEnv):
         if frozen is not None:
             reward[frozen] = 0.0
             terminated[frozen] = False
-        # the sum tells whether any number of the whole batch is not finite; MuJoCo warns of actions that are not
-        if np.count_nonzero(self._batch.warning) or not math.isfinite(observation.sum()):
+        # the sum tells whether any number of the whole batch is not finite
+        if np.count_nonzero(self._batch.warning) or not math.isfinite(observation.sum() + reward.sum()):
             observation = self._contain(observation, reward, terminated, frozen)
         else:
             self.diverged = self._no_slot

@@ -1,138 +1,43 @@
-"""The Gymnasium v5 MuJoCo tasks, each written once: start, observation, reward and end over any array namespace.
-
-The functions take ``xp``, an array namespace (``numpy`` or ``torch``), and the simulation's fields with the slots in
-front: ``qpos`` is ``(S, nq)``, ``xpos`` is ``(S, nbody, 3)``. The order of the operations is Gymnasium's, so that with
-``numpy`` the results are the same to the bit. Derived fields (``xpos``, ``cvel``, ...) are read as ``mj_step`` leaves
-them, one substep behind the state; that too is what Gymnasium reads.
-"""
+"""The Gymnasium v5 MuJoCo tasks, with Gymnasium's order of operations: in NumPy the results are the same to the bit."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+from typing_extensions import override
 
-Array = Any  # an array of the namespace in use
-Namespace = Any  # numpy or torch
-Fields = Mapping[str, Array]  # MjData fields by name, (S, ...)
-Start = tuple[NDArray[np.float64], NDArray[np.float64]]  # qpos (nq,), qvel (nv,)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the tasks need to know of the compiled model.
-
-    Attributes:
-        timestep: of one physics step, in seconds.
-        qpos0: ``(nq,)`` the model's reference configuration, in NumPy.
-        nv: the number of degrees of freedom.
-        body_mass: ``(nbody,)``, in the array namespace of the fields.
-        body_ids: body index by name.
-    """
-
-    timestep: float
-    qpos0: NDArray[np.float64]
-    nv: int
-    body_mass: Array
-    body_ids: Mapping[str, int]
+from es_flipout.envs.mujoco_task import (
+    Array,
+    Fields,
+    ModelFacts,
+    MujocoTask,
+    Namespace,
+    NoisyStart,
+    Start,
+    between,
+    flat,
+    norm,
+    sum_of_squares,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MujocoTask(ABC):
-    """One task; its dataclass fields are Gymnasium's keyword arguments with Gymnasium's defaults."""
-
-    islands_matter: ClassVar[bool] = False  # whether solving all constraints as one block changes the last bits
-    xml_file: str = ""
-    frame_skip: int = 1
-
-    def derived_fields(self) -> tuple[str, ...]:
-        """The MjData fields, beyond ``qpos``, ``qvel`` and ``ctrl``, that the other methods read."""
-        return ()
-
-    def alive_bonus(self) -> float:
-        """The part of every step's reward that is paid for merely not having ended."""
-        return 0.0
-
-    @abstractmethod
-    def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
-        """Draw the state in which an episode starts."""
-
-    def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
-        """What :meth:`outcome` must know of the state before the step, ``(S,)``; the caller keeps a copy of it."""
-        del xp, model
-        return d["qpos"][:, 0]
-
-    @abstractmethod
-    def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
-        """The observation, ``(S, O)``."""
-
-    @abstractmethod
-    def outcome(
-        self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
-    ) -> tuple[Array, Array | None]:
-        """Reward ``(S,)`` and terminated ``(S,)`` (``None``: never) of the step that led to ``d``.
-
-        Args:
-            xp: the array namespace.
-            model: facts of the model.
-            d: the fields after the step.
-            before: what :meth:`before` gave before the step.
-            action: ``(S, A)`` in the policy's own dtype; Gymnasium squares it in that dtype.
-        """
-
-    def velocity(self, model: ModelFacts, before: Array, after: Array) -> Array:
-        """Mean velocity over the control step, ``(S,)``."""
-        return (after - before) / (model.timestep * self.frame_skip)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _NoisyStart(MujocoTask):
-    """Starts from the model's reference state with noise on every coordinate."""
-
-    normal_velocity: ClassVar[bool] = False
-    reset_noise_scale: float = 0.1
-
-    def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
-        scale = self.reset_noise_scale
-        qpos = model.qpos0 + rng.uniform(low=-scale, high=scale, size=model.qpos0.size)
-        if self.normal_velocity:
-            return qpos, scale * rng.standard_normal(model.nv)
-        return qpos, rng.uniform(low=-scale, high=scale, size=model.nv)
-
-
-def _sum_of_squares(xp: Namespace, rows: Array) -> Array:
-    """Sum of squares of each row: ``(S, N)`` to ``(S,)``."""
-    return xp.square(rows).sum(1)
-
-
-def _between(values: Array, bounds: tuple[float, float]) -> Array:
-    return (bounds[0] < values) & (values < bounds[1])
-
-
-def _flat(values: Array) -> Array:
-    return values.reshape(values.shape[0], -1)
-
-
-def _norm(xp: Namespace, vectors: Array) -> Array:
-    return xp.sqrt(xp.linalg.vecdot(vectors, vectors))
-
-
-@dataclass(frozen=True, kw_only=True)
-class InvertedPendulum(_NoisyStart):
+class InvertedPendulum(NoisyStart):
     """Balance a pole on a cart; the reward is 1 while it stands, so no part of it is a mere bonus."""
 
     xml_file: str = "inverted_pendulum.xml"
     frame_skip: int = 2
     reset_noise_scale: float = 0.01
 
+    @override
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         del model
         return xp.concatenate((d["qpos"], d["qvel"]), 1)
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
@@ -143,7 +48,7 @@ class InvertedPendulum(_NoisyStart):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvertedDoublePendulum(_NoisyStart):
+class InvertedDoublePendulum(NoisyStart):
     """Balance two poles, one on top of the other, on a cart."""
 
     normal_velocity: ClassVar[bool] = True
@@ -151,12 +56,15 @@ class InvertedDoublePendulum(_NoisyStart):
     frame_skip: int = 5
     healthy_reward: float = 10.0
 
+    @override
     def derived_fields(self) -> tuple[str, ...]:
         return ("site_xpos", "qfrc_constraint")
 
+    @override
     def alive_bonus(self) -> float:
         return self.healthy_reward
 
+    @override
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         del model
         cart, angles = d["qpos"][:, :1], d["qpos"][:, 1:]
@@ -164,6 +72,7 @@ class InvertedDoublePendulum(_NoisyStart):
         force = xp.clip(d["qfrc_constraint"][:, :1], -10, 10)
         return xp.concatenate((cart, xp.sin(angles), xp.cos(angles), velocity, force), 1)
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
@@ -179,7 +88,7 @@ class InvertedDoublePendulum(_NoisyStart):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalfCheetah(_NoisyStart):
+class HalfCheetah(NoisyStart):
     """Run forward with a two-legged planar body; never ends."""
 
     normal_velocity: ClassVar[bool] = True
@@ -190,16 +99,18 @@ class HalfCheetah(_NoisyStart):
     ctrl_cost_weight: float = 0.1
     exclude_current_positions_from_observation: bool = True
 
+    @override
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         del model
         hidden = self.hidden_positions if self.exclude_current_positions_from_observation else 0
         return xp.concatenate((d["qpos"][:, hidden:], d["qvel"]), 1)
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
         forward = self.forward_reward_weight * self.velocity(model, before, d["qpos"][:, 0])
-        return forward - self.ctrl_cost_weight * _sum_of_squares(xp, action), None
+        return forward - self.ctrl_cost_weight * sum_of_squares(xp, action), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +125,7 @@ class Swimmer(HalfCheetah):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walker2d(_NoisyStart):
+class Walker2d(NoisyStart):
     """Walk forward with a two-legged planar body without falling."""
 
     xml_file: str = "walker2d_v5.xml"
@@ -228,26 +139,29 @@ class Walker2d(_NoisyStart):
     reset_noise_scale: float = 5e-3
     exclude_current_positions_from_observation: bool = True
 
+    @override
     def alive_bonus(self) -> float:
         return self.healthy_reward
 
     def healthy(self, xp: Namespace, d: Fields) -> Array:
         """The slots that stand, ``(S,)`` bool."""
         del xp
-        return _between(d["qpos"][:, 1], self.healthy_z_range) & _between(d["qpos"][:, 2], self.healthy_angle_range)
+        return between(d["qpos"][:, 1], self.healthy_z_range) & between(d["qpos"][:, 2], self.healthy_angle_range)
 
+    @override
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         del model
         hidden = 1 if self.exclude_current_positions_from_observation else 0
         return xp.concatenate((d["qpos"][:, hidden:], xp.clip(d["qvel"], -10, 10)), 1)
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
         healthy = self.healthy(xp, d)
         forward = self.forward_reward_weight * self.velocity(model, before, d["qpos"][:, 0])
         gain = xp.where(healthy, forward + self.healthy_reward, forward)
-        reward = gain - self.ctrl_cost_weight * _sum_of_squares(xp, action)
+        reward = gain - self.ctrl_cost_weight * sum_of_squares(xp, action)
         return reward, ~healthy if self.terminate_when_unhealthy else None
 
 
@@ -263,7 +177,7 @@ class Hopper(Walker2d):
     def healthy(self, xp: Namespace, d: Fields) -> Array:
         """The slots that stand and whose state is in bounds, ``(S,)`` bool."""
         bounds = self.healthy_state_range
-        in_bounds = xp.all(_between(d["qpos"][:, 2:], bounds), 1) & xp.all(_between(d["qvel"], bounds), 1)
+        in_bounds = xp.all(between(d["qpos"][:, 2:], bounds), 1) & xp.all(between(d["qvel"], bounds), 1)
         return in_bounds & Walker2d.healthy(self, xp, d)
 
 
@@ -276,9 +190,11 @@ class Reacher(MujocoTask):
     reward_dist_weight: float = 1
     reward_control_weight: float = 1
 
+    @override
     def derived_fields(self) -> tuple[str, ...]:
         return ("xpos",)
 
+    @override
     def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
         qpos = rng.uniform(low=-0.1, high=0.1, size=model.qpos0.size) + model.qpos0
         goal = rng.uniform(low=-0.2, high=0.2, size=2)
@@ -291,17 +207,19 @@ class Reacher(MujocoTask):
     def _miss(self, model: ModelFacts, d: Fields) -> Array:
         return d["xpos"][:, model.body_ids["fingertip"]] - d["xpos"][:, model.body_ids["target"]]
 
+    @override
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         theta = d["qpos"][:, :2]
         parts = (xp.cos(theta), xp.sin(theta), d["qpos"][:, 2:], d["qvel"][:, :2], self._miss(model, d)[:, :2])
         return xp.concatenate(parts, 1)
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
         del before
-        distance = -_norm(xp, self._miss(model, d)) * self.reward_dist_weight
-        return distance + -_sum_of_squares(xp, action) * self.reward_control_weight, None
+        distance = -norm(xp, self._miss(model, d)) * self.reward_dist_weight
+        return distance + -sum_of_squares(xp, action) * self.reward_control_weight, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,9 +233,11 @@ class Pusher(MujocoTask):
     reward_dist_weight: float = 1
     reward_control_weight: float = 0.1
 
+    @override
     def derived_fields(self) -> tuple[str, ...]:
         return ("xpos",)
 
+    @override
     def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
         cylinder = np.zeros(2)
         while not np.linalg.norm(cylinder) > 0.17:
@@ -333,21 +253,23 @@ class Pusher(MujocoTask):
         tip, thing, goal = (d["xpos"][:, model.body_ids[name]] for name in ("tips_arm", "object", "goal"))
         return tip, thing, goal
 
+    @override
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         return xp.concatenate((d["qpos"][:, :7], d["qvel"][:, :7], *self._bodies(model, d)), 1)
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
         del before
         tip, thing, goal = self._bodies(model, d)
-        near = -_norm(xp, thing - tip) * self.reward_near_weight
-        distance = -_norm(xp, thing - goal) * self.reward_dist_weight
-        return distance + -_sum_of_squares(xp, action) * self.reward_control_weight + near, None
+        near = -norm(xp, thing - tip) * self.reward_near_weight
+        distance = -norm(xp, thing - goal) * self.reward_dist_weight
+        return distance + -sum_of_squares(xp, action) * self.reward_control_weight + near, None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ant(_NoisyStart):
+class Ant(NoisyStart):
     """Run forward with a four-legged body without falling or jumping."""
 
     normal_velocity: ClassVar[bool] = True
@@ -364,26 +286,31 @@ class Ant(_NoisyStart):
     exclude_current_positions_from_observation: bool = True
     include_cfrc_ext_in_observation: bool = True
 
+    @override
     def derived_fields(self) -> tuple[str, ...]:
         uses_forces = self.include_cfrc_ext_in_observation or self.contact_cost_weight != 0
         return ("xpos", "cfrc_ext") if uses_forces else ("xpos",)
 
+    @override
     def alive_bonus(self) -> float:
         return self.healthy_reward
 
+    @override
     def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         del xp
         body = model.body_ids[self.main_body] if isinstance(self.main_body, str) else self.main_body
         return d["xpos"][:, body, 0]
 
+    @override
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         del model
         hidden = 2 if self.exclude_current_positions_from_observation else 0
         parts = [d["qpos"][:, hidden:], d["qvel"]]
         if self.include_cfrc_ext_in_observation:
-            parts.append(xp.clip(_flat(d["cfrc_ext"][:, 1:]), *self.contact_force_range))
+            parts.append(xp.clip(flat(d["cfrc_ext"][:, 1:]), *self.contact_force_range))
         return xp.concatenate(parts, 1)
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
@@ -392,15 +319,15 @@ class Ant(_NoisyStart):
         healthy = finite & (self.healthy_z_range[0] <= z) & (z <= self.healthy_z_range[1])
         forward = self.velocity(model, before, self.before(xp, model, d)) * self.forward_reward_weight
         gain = xp.where(healthy, forward + self.healthy_reward, forward)
-        cost = self.ctrl_cost_weight * _sum_of_squares(xp, action)
+        cost = self.ctrl_cost_weight * sum_of_squares(xp, action)
         if self.contact_cost_weight != 0:
-            forces = xp.clip(_flat(d["cfrc_ext"]), *self.contact_force_range)
-            cost = cost + self.contact_cost_weight * _sum_of_squares(xp, forces)
+            forces = xp.clip(flat(d["cfrc_ext"]), *self.contact_force_range)
+            cost = cost + self.contact_cost_weight * sum_of_squares(xp, forces)
         return gain - cost, ~healthy if self.terminate_when_unhealthy else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HumanoidBody(_NoisyStart):
+class _HumanoidBody(NoisyStart):
     """What the two humanoid tasks share: the observation and the costs."""
 
     frame_skip: int = 5
@@ -417,19 +344,18 @@ class _HumanoidBody(_NoisyStart):
         skipped = {"cinert": 1, "cvel": 1, "qfrc_actuator": 6, "cfrc_ext": 1}
         return {name: first for name, first in skipped.items() if getattr(self, f"include_{name}_in_observation")}
 
+    @override
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
         del model
         hidden = 2 if self.exclude_current_positions_from_observation else 0
-        derived = [_flat(d[name][:, first:]) for name, first in self._observed().items()]
+        derived = [flat(d[name][:, first:]) for name, first in self._observed().items()]
         return xp.concatenate((d["qpos"][:, hidden:], d["qvel"], *derived), 1)
 
-    def _force_cost(
-        self, xp: Namespace, d: Fields, weight: float, bounds: tuple[float, float]
-    ) -> Array | float:
+    def _force_cost(self, xp: Namespace, d: Fields, weight: float, bounds: tuple[float, float]) -> Array | float:
         """Cost of the contact forces, clipped to ``bounds``: ``(S,)``, or a number where ``weight`` is 0."""
         if weight == 0:
             return min(max(0.0, bounds[0]), bounds[1])
-        return xp.clip(weight * _sum_of_squares(xp, _flat(d["cfrc_ext"])), *bounds)
+        return xp.clip(weight * sum_of_squares(xp, flat(d["cfrc_ext"])), *bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,10 +370,12 @@ class Humanoid(_HumanoidBody):
     terminate_when_unhealthy: bool = True
     healthy_z_range: tuple[float, float] = (1.0, 2.0)
 
+    @override
     def derived_fields(self) -> tuple[str, ...]:
         cost = () if self.contact_cost_weight == 0 else ("cfrc_ext",)
         return tuple(dict.fromkeys(("xipos", *self._observed(), *cost)))
 
+    @override
     def alive_bonus(self) -> float:
         return self.healthy_reward
 
@@ -455,14 +383,15 @@ class Humanoid(_HumanoidBody):
         """The x coordinate of the centre of mass; summed one body after the other, as Gymnasium's einsum does."""
         return xp.cumsum(d["xipos"][:, :, 0] * model.body_mass, 1)[:, -1] / model.body_mass.sum()
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
         del action
-        healthy = _between(d["qpos"][:, 2], self.healthy_z_range)
+        healthy = between(d["qpos"][:, 2], self.healthy_z_range)
         forward = self.forward_reward_weight * self.velocity(model, before, self.before(xp, model, d))
         gain = xp.where(healthy, forward + self.healthy_reward, forward)
-        cost = self.ctrl_cost_weight * _sum_of_squares(xp, d["ctrl"])
+        cost = self.ctrl_cost_weight * sum_of_squares(xp, d["ctrl"])
         cost = cost + self._force_cost(xp, d, self.contact_cost_weight, self.contact_cost_range)
         return gain - cost, ~healthy if self.terminate_when_unhealthy else None
 
@@ -476,19 +405,22 @@ class HumanoidStandup(_HumanoidBody):
     impact_cost_weight: float = 0.5e-6
     impact_cost_range: tuple[float, float] = (-float("inf"), 10.0)
 
+    @override
     def derived_fields(self) -> tuple[str, ...]:
         cost = () if self.impact_cost_weight == 0 else ("cfrc_ext",)
         return tuple(dict.fromkeys((*self._observed(), *cost)))
 
+    @override
     def alive_bonus(self) -> float:
         return 1.0
 
+    @override
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
         del before, action
         height = d["qpos"][:, 2] / model.timestep
-        control = self.ctrl_cost_weight * _sum_of_squares(xp, d["ctrl"])
+        control = self.ctrl_cost_weight * sum_of_squares(xp, d["ctrl"])
         return height - control - self._force_cost(xp, d, self.impact_cost_weight, self.impact_cost_range) + 1, None
 
 

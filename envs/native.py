@@ -14,7 +14,7 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .base import BatchEnv, UnsupportedEnvironmentError
+from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError
 
 Task = TypeVar("Task")
 

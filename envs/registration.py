@@ -6,8 +6,8 @@ import functools
 
 import gymnasium
 
-from .make import NAMESPACE, native_env_ids
-from .vector import NativeVectorEnv
+from es_flipout.envs.make import NAMESPACE, native_env_ids
+from es_flipout.envs.vector import NativeVectorEnv
 
 
 def register_native_envs() -> None:

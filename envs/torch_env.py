@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .native import NativeBatchEnv
+from es_flipout.envs.native import NativeBatchEnv
 
 
 class TorchTask(ABC):

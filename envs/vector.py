@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .make import make_native_env
+from es_flipout.envs.make import make_native_env
 
 Result = tuple[NDArray[Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 
@@ -66,7 +66,7 @@ class NativeVectorEnv(gymnasium.vector.VectorEnv):
         """
         seeds = self._seeds(seed)
         mask = self._reset_mask(options or {})
-        for index in np.flatnonzero(mask):
+        for index in np.flatnonzero(mask).tolist():
             if seeds[index] is not None:
                 self._generators[index] = seeding.np_random(seeds[index])[0]
         self._ended[mask] = False
@@ -100,7 +100,7 @@ class NativeVectorEnv(gymnasium.vector.VectorEnv):
     def _restart(self, mask: NDArray[np.bool_]) -> NDArray[Any]:
         """Start new episodes in the slots of ``mask`` from their generators; observations of all slots."""
         rows = np.flatnonzero(mask)
-        starts = [self._env.draw_start(self._generator(index)) for index in rows]
+        starts = [self._env.draw_start(self._generator(index)) for index in rows.tolist()]
         return self._env.restart(rows, np.stack(starts)).numpy()
 
     def _generator(self, index: int) -> np.random.Generator:

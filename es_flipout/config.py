@@ -85,6 +85,8 @@ class TrainConfig:
     """One machine, or a Ray cluster."""
     threads: int | None = None
     """Physics threads; by default one for each core."""
+    overlap: bool = True
+    """Let the physics of one half of the environments run while the policy serves the other (MuJoCo on the CPU)."""
     slots: int | None = None
     """Environments stepped side by side; by default enough for the population, up to 1024."""
     row_block: int | None = None

@@ -14,7 +14,7 @@ from gymnasium.wrappers import FlattenObservation
 from es_flipout.agent import Agent
 from es_flipout.config import TrainConfig
 from es_flipout.envs.base import EnvironmentFailureError
-from es_flipout.envs.registration import NAMESPACE
+from es_flipout.envs.make import NAMESPACE
 from es_flipout.runinfo import versions
 
 
@@ -41,7 +41,7 @@ class Evaluation:
 
 def make_real_env(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env:
     """One environment of Gymnasium itself, never one of ours; observations flattened to one dimension where they are not."""
-    env = gymnasium.make(env_id.removeprefix(f"{NAMESPACE}/"), **kwargs)
+    env = gymnasium.make(env_id.removeprefix(NAMESPACE), **kwargs)
     space = env.observation_space
     flat = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
     return env if flat else FlattenObservation(env)

@@ -75,7 +75,7 @@ class Trainer:
             antithetic=config.antithetic,
             seed=config.seed,
             device=self.device,
-            row_block=config.row_block or row_block_for(first.num_envs),
+            row_block=config.row_block or row_block_for(-(-sum(env.num_envs for env in self.envs) // 2)),
         )
         score_members = torch.arange(config.score_episodes)
         self._score_seeds = integers(Address(config.seed, _SCORE_GENERATION), Stream.START_STATE, score_members)
@@ -318,14 +318,14 @@ def family_of(config: TrainConfig) -> Family:
 
 
 def make_lanes(config: TrainConfig) -> list[BatchEnv]:
-    """The environments: for physics on the CPU two halves, so that one is stepped while the policy serves the other."""
+    """The environments: two halves where physics and policy are to overlap, else one batch."""
     kwargs = config.parsed_env_kwargs()
     jobs = config.population_size * config.episodes
     probe = make_env(config.env_id, 1, threads=config.threads, **kwargs)
     backend = probe.backend
     probe.close()
     slots = config.slots if config.slots is not None else min(jobs, _MOST_SLOTS[backend])
-    if backend != "mujoco" or slots < 2:
+    if backend != "mujoco" or not config.overlap or slots < 2:
         return [make_env(config.env_id, slots, threads=config.threads, **kwargs)]
     return [make_env(config.env_id, n, threads=config.threads, **kwargs) for n in (slots - slots // 2, slots // 2)]
 

@@ -16,7 +16,19 @@ from typing import Self
 
 from es_flipout.config import TrainConfig
 
-ROW_COLUMNS = ("name", "env_id", "seed", "env_steps", "generations", "train_s", "mean_return", "std_return", "median_return", "best_score", "commit")  # fmt: skip
+ROW_COLUMNS = (
+    "name",
+    "env_id",
+    "seed",
+    "env_steps",
+    "generations",
+    "train_s",
+    "mean_return",
+    "std_return",
+    "median_return",
+    "best_score",
+    "commit",
+)
 CURVE_COLUMNS = ("name", "env_id", "seed", "generation", "env_steps", "wall_s", "mean_return", "score")
 
 
@@ -105,8 +117,8 @@ def write_environment(out: Path) -> None:
 
 
 def one_thread(config: TrainConfig, **changes: object) -> TrainConfig:
-    """The configuration with one physics thread (the runs of a sweep share the cores) and other changes."""
-    return dataclasses.replace(config, threads=1, **changes)  # type: ignore[arg-type]
+    """The configuration for one core (the runs of a sweep share the machine), with other changes."""
+    return dataclasses.replace(config, threads=1, overlap=False, **changes)  # type: ignore[arg-type]
 
 
 def default_processes() -> int:

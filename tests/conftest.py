@@ -37,7 +37,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.fixture(scope="session", params=FAMILIES.values(), ids=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> Family:
     """Every perturbation family, with the settings that change how it computes."""
     return request.param

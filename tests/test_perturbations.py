@@ -15,6 +15,7 @@ from es_flipout.perturbations.flipout import FlipoutLinear
 from es_flipout.randomness import Address
 
 CPU = torch.device("cpu")
+HERE = Address(seed=1, generation=2, layer=3)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 
 
@@ -28,7 +29,7 @@ def layer(
     out_in: tuple[int, int] = (4, 3),
     bias: bool = True,
     dtype: torch.dtype = torch.float64,
-    address: Address = Address(1, 2, 3),
+    address: Address = HERE,
     sigma: float = 0.3,
 ) -> LinearPerturbation[Any]:
     generator = torch.Generator().manual_seed(0)
@@ -113,11 +114,11 @@ def test_antithetic_partners_are_opposite_and_others_are_not(family: Family, out
 
 
 def test_without_antithetic_pairs_all_members_are_independent(family: Family) -> None:
-    noise = noises(layer(family, members_of(64, antithetic=False), (8, 8))).flatten(1)
-    correlation = noise @ noise.T / 64
-    correlation.fill_diagonal_(0)
-    # Low-rank and Gaussian-base noise has heavier tails than signs, so this only excludes partners and copies.
-    assert correlation.abs().max() < 0.9
+    noise = noises(layer(family, members_of(64, antithetic=False), (16, 16))).flatten(1)
+    cosine = torch.nn.functional.cosine_similarity(noise[:, None], noise[None], dim=-1)
+    # A rank-one product of two vectors of 16 can be close to another's; a partner or a copy would give exactly 1.
+    assert cosine.fill_diagonal_(0).abs().max() < 0.8
+    assert cosine.mean().abs() < 0.05
 
 
 @pytest.mark.parametrize("bases", [1, 3])
@@ -132,7 +133,7 @@ def test_flipout_partners_flip_r_and_not_s(bases: int) -> None:
 
 def test_noise_has_zero_mean_and_unit_variance(family: Family) -> None:
     """Over many generations, because members share bases; every entry, and so on average every member."""
-    generations, size = 400, 8
+    generations, size = 200, 8
     sums, squares = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
     for generation in range(generations):
         noise = noises(layer(family, members_of(size, antithetic=False), (3, 2), address=Address(0, generation)))

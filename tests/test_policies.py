@@ -62,7 +62,7 @@ def test_activations(name: Any, kind: str) -> None:
 
 
 def test_unknown_activation() -> None:
-    with pytest.raises(UserError, match="tanh, relu.*'sine'"):
+    with pytest.raises(UserError, match=r"tanh, relu.*'sine'"):
         MLP(2, 1, activation="sine")  # pyright: ignore[reportArgumentType]
 
 
@@ -127,9 +127,7 @@ def test_only_entries_with_an_infinite_bound_are_unbounded(squash: Literal["clip
     output=st.floats(-100, 100, width=32),
     squash=st.sampled_from(["clip", "tanh"]),
 )
-def test_actions_lie_in_the_space(
-    low: float, width: float, output: float, squash: Literal["clip", "tanh"]
-) -> None:
+def test_actions_lie_in_the_space(low: float, width: float, output: float, squash: Literal["clip", "tanh"]) -> None:
     space = Box(np.array([low], np.float32), np.array([low + width], np.float32))
     for value in (output, 1.0, -1.0):
         action = ActionMap(space, squash)(torch.tensor([[value]]))[0]

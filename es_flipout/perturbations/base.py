@@ -77,6 +77,7 @@ class LinearPerturbation(ABC, Generic[RowsT]):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, sigma: float, members: Members, address: Address) -> None:
         self.weight = weight
+        self.weight_t = weight.T
         self.bias = bias
         self.sigma = sigma
         self.members = members
@@ -135,13 +136,15 @@ class Family(ABC):
 
 def over_rows(row_values: Tensor, like: Tensor) -> Tensor:
     """Reshape ``(n, size)`` to broadcast over the middle dimensions of ``like`` ``(n, ..., any)``."""
+    if like.ndim == 2:
+        return row_values
     return row_values.view(row_values.shape[0], *(1,) * (like.ndim - 2), row_values.shape[1])
 
 
-def mean_linear(x: Tensor, weight: Tensor, bias_rows: Tensor | None) -> Tensor:
-    """``x @ weight.T`` plus each row's own bias: ``(n, ..., in)`` to ``(n, ..., out)``."""
+def mean_linear(x: Tensor, weight_t: Tensor, bias_rows: Tensor | None) -> Tensor:
+    """``x @ weight_t`` plus each row's own bias: ``(n, ..., in)`` to ``(n, ..., out)``."""
     if bias_rows is None:
-        return x @ weight.T
+        return x @ weight_t
     if x.ndim == 2:
-        return torch.addmm(bias_rows, x, weight.T)
-    return (x @ weight.T).add_(over_rows(bias_rows, x))
+        return torch.addmm(bias_rows, x, weight_t)
+    return (x @ weight_t).add_(over_rows(bias_rows, x))

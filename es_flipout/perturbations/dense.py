@@ -40,7 +40,7 @@ class DenseLinear(LinearPerturbation[DenseRows]):
     @override
     def linear(self, x: Tensor, rows: DenseRows) -> Tensor:
         own = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), rows.weight)
-        return mean_linear(x, self.weight, rows.bias).add_(own.view(*x.shape[:-1], -1))
+        return mean_linear(x, self.weight_t, rows.bias).add_(own.view(*x.shape[:-1], -1))
 
     @override
     def weight_noise(self, member: int) -> Tensor:

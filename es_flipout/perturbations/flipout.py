@@ -60,6 +60,7 @@ class FlipoutLinear(LinearPerturbation[FlipoutRows]):
         draw = signs if base == "rademacher" else normals
         drawn = draw(address, Stream.BASE, torch.arange(bases, device=weight.device), weight.numel())
         self.base = drawn.to(weight.dtype).view(bases, *weight.shape)
+        self.base_t = [base.T for base in self.base]
         self.r = signs(address, Stream.OUTPUT_SIGNS, members.sources, weight.shape[0])
         self.s = signs(address, Stream.INPUT_SIGNS, members.sources, weight.shape[1])
 
@@ -76,16 +77,15 @@ class FlipoutLinear(LinearPerturbation[FlipoutRows]):
 
     @override
     def linear(self, x: Tensor, rows: FlipoutRows) -> Tensor:
-        y = mean_linear(x, self.weight, rows.bias)
+        y = mean_linear(x, self.weight_t, rows.bias)
         flipped = x * over_rows(rows.s, x)
-        sigma_r = over_rows(rows.sigma_r, x)
         first, *others = rows.bases_used
-        product = flipped @ self.base[first].T
+        product = flipped @ self.base_t[first]
         # Every base multiplies all rows and each row keeps its own: the shape of a product never depends on the members.
         for m in others:
             own = (rows.base == m).view(-1, *(1,) * (x.ndim - 1))
-            product = torch.where(own, flipped @ self.base[m].T, product)
-        return y.addcmul_(sigma_r, product)
+            product = torch.where(own, flipped @ self.base_t[m], product)
+        return y.addcmul_(over_rows(rows.sigma_r, x), product)
 
     @override
     def weight_noise(self, member: int) -> Tensor:

@@ -51,7 +51,7 @@ class LowRankLinear(LinearPerturbation[LowRankRows]):
 
     @override
     def linear(self, x: Tensor, rows: LowRankRows) -> Tensor:
-        y = mean_linear(x, self.weight, rows.bias)
+        y = mean_linear(x, self.weight_t, rows.bias)
         for left, right in zip(rows.left.unbind(1), rows.right.unbind(1), strict=True):
             along = (x * over_rows(right, x)).sum(-1, keepdim=True)
             y.addcmul_(along, over_rows(left, x))

@@ -1,15 +1,16 @@
 """Any other Gymnasium environment through the adapter."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from es_flipout.envs import EnvironmentFailureError, UnsupportedEnvironmentError, make_env
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Sequence, flatten
 
-from .oracle import Oracle, random_action
+from es_flipout.envs import EnvironmentFailureError, UnsupportedEnvironmentError, make_env
+from tests.envs.oracle import Oracle, random_action
 
 
 class Counter(gymnasium.Env):
@@ -17,7 +18,9 @@ class Counter(gymnasium.Env):
 
     calls = 0
 
-    def __init__(self, observation_space: gymnasium.Space | None = None, action_space: gymnasium.Space | None = None):
+    def __init__(
+        self, observation_space: gymnasium.Space | None = None, action_space: gymnasium.Space | None = None
+    ) -> None:
         self.observation_space = observation_space or Box(-np.inf, np.inf, (2,), np.float64)
         self.action_space = action_space or Discrete(4, start=-1)
         self.count = 0.0
@@ -54,9 +57,9 @@ class Shapes(gymnasium.Env):
 
 
 @pytest.fixture(autouse=True)
-def _registered():
-    gymnasium.register("EsFlipoutCounter-v0", Counter, max_episode_steps=5)
-    gymnasium.register("EsFlipoutShapes-v0", Shapes)
+def _registered() -> Iterator[None]:
+    gymnasium.register("EsFlipoutCounter-v0", lambda **kwargs: Counter(**kwargs), max_episode_steps=5)
+    gymnasium.register("EsFlipoutShapes-v0", lambda **kwargs: Shapes(**kwargs))
     yield
     del gymnasium.registry["EsFlipoutCounter-v0"], gymnasium.registry["EsFlipoutShapes-v0"]
 
@@ -73,7 +76,8 @@ def test_equals_the_environment_itself(env_id: str, kwargs: dict, mode: str) -> 
     seeds, rng = np.arange(3), np.random.default_rng(0)
 
     def flat(observation: Any) -> Any:
-        return np.stack([flatten(space, tuple(row) if isinstance(row, np.ndarray) else row) for row in observation])
+        rows: list[Any] = [flatten(space, tuple(row) if isinstance(row, np.ndarray) else row) for row in observation]
+        return np.stack(rows)
 
     np.testing.assert_array_equal(env.reset(torch.from_numpy(seeds)), flat(oracle.reset(seeds)))
     ended = 0

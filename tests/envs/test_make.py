@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import gymnasium
 import pytest
 import torch
+
 from es_flipout.envs import BatchEnv, UnsupportedEnvironmentError, make_env, native_env_ids
 
 
@@ -17,7 +19,7 @@ def test_unknown_id_suggests_the_nearest(name: str) -> None:
 
 
 def test_unknown_id_with_nothing_near() -> None:
-    with pytest.raises(UnsupportedEnvironmentError, match="unknown environment 'qqqqqqqq'$"):
+    with pytest.raises(UnsupportedEnvironmentError, match=r"unknown environment 'qqqqqqqq'$"):
         make_env("qqqqqqqq", 1)
 
 
@@ -27,11 +29,11 @@ def test_module_that_cannot_be_imported() -> None:
 
 
 def test_missing_dependency() -> None:
-    def entry_point() -> gymnasium.Env:
+    def entry_point(**kwargs: Any) -> gymnasium.Env:
         raise gymnasium.error.DependencyNotInstalled("Box3D is not installed, run `pip install box3d`")
 
     gymnasium.register("EsFlipoutMissing-v0", entry_point)
-    with pytest.raises(UnsupportedEnvironmentError, match="EsFlipoutMissing-v0 needs a package .*pip install box3d"):
+    with pytest.raises(UnsupportedEnvironmentError, match=r"EsFlipoutMissing-v0 needs a package .*pip install box3d"):
         make_env("EsFlipoutMissing-v0", 1)
     del gymnasium.registry["EsFlipoutMissing-v0"]
 
@@ -60,6 +62,7 @@ def test_attributes(env_id: str) -> None:
     env.close()
 
 
+@pytest.mark.slow
 def test_import_leaves_mujoco_alone() -> None:
     code = "import sys, es_flipout.envs; assert 'mujoco' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

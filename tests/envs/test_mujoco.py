@@ -5,10 +5,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+
 from es_flipout.envs import UnsupportedEnvironmentError, make_env
 from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
-
-from .oracle import check_against_gymnasium, random_action
+from tests.envs.oracle import check_against_gymnasium, random_action
 
 VARIANTS = [
     ("Ant-v5", {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0}),
@@ -70,10 +70,11 @@ def test_frozen_slots_are_untouched_and_nothing_leaks(env_id: str) -> None:
     seeds = torch.arange(4)
     observation = env.reset(seeds)
     assert torch.equal(observation, alone.reset(seeds))
+    action = torch.empty(0)
     for step in range(12):
         live = torch.tensor([True, False, step % 2 == 0, step % 3 == 0])
         action = torch.from_numpy(random_action(env, rng))
-        poisoned = torch.where(live[:, None], action, torch.tensor([torch.nan, torch.inf]).repeat(len(action[0]))[: len(action[0])])
+        poisoned = torch.where(live[:, None], action, torch.nan if step % 2 else torch.inf)
         after, reward, terminated, truncated = env.step(poisoned, live)
         assert torch.equal(after[~live], observation[~live])
         assert not reward[~live].any()
@@ -102,7 +103,8 @@ def test_thread_count_does_not_matter(env_id: str) -> None:
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Humanoid-v5"])
 def test_two_envs_in_two_threads(env_id: str) -> None:
-    actions = torch.rand(30, 4, *(make_env(env_id, 1).action_space.shape or ()), generator=torch.Generator().manual_seed(0))
+    size = (30, 4, *(make_env(env_id, 1).action_space.shape or ()))
+    actions = torch.rand(size, generator=torch.Generator().manual_seed(0))
 
     def run(result: list[torch.Tensor]) -> None:
         env = make_env(env_id, 4, threads=2)
@@ -120,7 +122,7 @@ def test_two_envs_in_two_threads(env_id: str) -> None:
         assert torch.equal(torch.stack(result), torch.stack(results[0]))
 
 
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Ant-v5", "InvertedPendulum-v5"])
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Ant-v5", "Swimmer-v5"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 def test_divergence_ends_the_slot_and_stays_there(env_id: str, poison: float) -> None:
     env, clean = make_env(env_id, 3), make_env(env_id, 3)
@@ -159,7 +161,13 @@ def test_equal_seeds_start_equal() -> None:
 
 @pytest.mark.parametrize(
     ("env_id", "bonus"),
-    [("HalfCheetah-v5", 0), ("Hopper-v5", 1), ("Humanoid-v5", 5), ("InvertedDoublePendulum-v5", 10), ("InvertedPendulum-v5", 0)],
+    [
+        ("HalfCheetah-v5", 0),
+        ("Hopper-v5", 1),
+        ("Humanoid-v5", 5),
+        ("InvertedDoublePendulum-v5", 10),
+        ("InvertedPendulum-v5", 0),
+    ],
 )
 def test_alive_bonus(env_id: str, bonus: float) -> None:
     assert make_env(env_id, 1).alive_bonus == bonus

@@ -5,8 +5,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from es_flipout.envs import NativeVectorEnv
 from gymnasium.vector import AutoresetMode
+
+from es_flipout.envs import NativeVectorEnv
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 
@@ -53,7 +54,8 @@ def test_equals_sync_vector_env(env_id: str, least_ended: int, mode: AutoresetMo
 
 def test_generators_continue_over_resets() -> None:
     ours, theirs = make_pair("Reacher-v5", 3, AutoresetMode.NEXT_STEP)
-    for seed in (1, None, [4, None, 6], None):
+    seeds: list[Any] = [1, None, [4, None, 6], None]
+    for seed in seeds:
         np.testing.assert_array_equal(ours.reset(seed=seed)[0], theirs.reset(seed=seed)[0])
 
 

@@ -1,0 +1,218 @@
+"""``bench forward``: the forward of a population against plain inference of the unperturbed network at the same batch.
+
+One member per row. Populations are prepared as in a rollout (members selected once), and only forwards are timed.
+``vmap`` is ``torch.func.vmap`` over stacked dense parameters, the way of general toolboxes. What would need more memory
+than allowed is left out, with the bytes in the table.
+
+The second table is the memory of 65,536 members of a Humanoid policy: what is really stored, found by walking all tensors
+that a population (and a selection of it, as large as a rollout's slots) holds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from es_flipout.bench.timing import Measure, interleave, repeated, report
+from es_flipout.perturbations import Dense, Family, Flipout, LowRank
+from es_flipout.policies import MLP
+from es_flipout.strategy import EvolutionStrategy
+
+FamilyName = Literal["flipout", "flipout_gaussian_8", "low_rank", "dense", "vmap"]
+Forward = Callable[[], object]
+
+_OBS_DIM, _ACTION_DIM, _SIGMA = 17, 6, 0.03
+_FAMILIES: dict[str, Family] = {
+    "flipout": Flipout(),
+    "flipout_gaussian_8": Flipout(base="gaussian", bases=8),
+    "low_rank": LowRank(rank=1),
+    "dense": Dense(),
+}
+_DENSE_COPIES = {"dense": 1.5, "vmap": 1.0}  # of all weights of all members: the dense family also keeps its sources
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardBench:
+    """Population forward against plain inference of the unperturbed network, one thread."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Widths of the two hidden layers."""
+    populations: tuple[int, ...] = (256, 4096, 65536)
+    """Population sizes, which are the batch sizes of plain inference."""
+    families: tuple[FamilyName, ...] = ("flipout", "low_rank", "dense", "vmap")
+    """What to compare with plain inference."""
+    rounds: int = 5
+    """Rounds; medians of them are shown."""
+    seconds_per_point: float = 0.2
+    """Aim of one measurement; a single forward may take longer."""
+    memory_limit_gib: float = 4.0
+    """Leave out what needs more memory than this."""
+    memory_members: int = 65536
+    """Members of the memory table; 0 leaves it out."""
+    memory_hidden: tuple[int, ...] = (256, 256)
+    """Hidden layers of the memory table."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the result to this file."""
+
+
+def run(options: ForwardBench, console: Console) -> dict[str, Any]:
+    """Measure, print tables, return the JSON-ready result."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        points: list[dict[str, Any]] = []
+        for width in options.widths:
+            for population in options.populations:
+                with console.status(f"width {width}, population {population}"):
+                    points.append(_measure_point(options, width, population))
+        console.print(_forward_table(options, points))
+        memory: list[dict[str, Any]] = []
+        if options.memory_members:
+            with console.status("memory"):
+                memory = _measure_memory(options)
+            console.print(_memory_table(options, memory))
+    finally:
+        torch.set_num_threads(threads)
+    return report("bench forward", asdict(options), {"forward": points, "memory": memory}, options.json)
+
+
+def _measure_point(options: ForwardBench, width: int, population: int) -> dict[str, Any]:
+    module = MLP(_OBS_DIM, _ACTION_DIM, (width, width), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(population, _OBS_DIM, generator=torch.Generator().manual_seed(1))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    needed = {
+        name: round(population * parameters * _FLOAT_BYTES * _DENSE_COPIES[name])
+        for name in options.families
+        if name in _DENSE_COPIES
+    }
+    left_out = {name: size for name, size in needed.items() if size > options.memory_limit_gib * 2**30}
+    measures: dict[str, Measure] = {"plain": repeated(_plain(module, x), options.seconds_per_point)}
+    for name in options.families:
+        if name not in left_out:
+            forward = _vmap(module, x) if name == "vmap" else _population(module, _FAMILIES[name], x)
+            measures[name] = repeated(forward, options.seconds_per_point)
+    timings = interleave(measures, options.rounds)
+    return {
+        "width": width,
+        "population": population,
+        "seconds": {name: 1 / timings.rate(name).median for name in measures},
+        "ratio": {name: asdict(timings.ratio(name, "plain")) for name in measures if name != "plain"},
+        "left_out_bytes": left_out,
+    }
+
+
+def _plain(module: nn.Module, x: Tensor) -> Forward:
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return module(x)
+
+    return forward
+
+
+def _population(module: nn.Module, family: Family, x: Tensor) -> Forward:
+    population = EvolutionStrategy(module, len(x), _SIGMA, perturbation=family).ask()
+    selection = population.select(torch.arange(len(x)))
+    return lambda: selection(x)
+
+
+def _vmap(module: nn.Module, x: Tensor) -> Forward:
+    generator = torch.Generator().manual_seed(2)
+    stacked = {
+        name: parameter.detach() + torch.randn(len(x), *parameter.shape, generator=generator).mul_(_SIGMA)
+        for name, parameter in module.named_parameters()
+    }
+    skeleton = copy.deepcopy(module).to("meta")
+    batched = torch.func.vmap(lambda weights, row: torch.func.functional_call(skeleton, weights, (row,)))
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return batched(stacked, x)
+
+    return forward
+
+
+def _measure_memory(options: ForwardBench) -> list[dict[str, Any]]:
+    sizes = (348, *options.memory_hidden, 17)
+    weights = sum((size_in + 1) * size_out for size_in, size_out in pairwise(sizes))
+    module = MLP(sizes[0], sizes[-1], options.memory_hidden, generator=torch.Generator().manual_seed(0))
+    slots = torch.arange(min(1024, options.memory_members))
+    rows: list[dict[str, Any]] = []
+    for name in ("flipout", "low_rank"):
+        population = EvolutionStrategy(module, options.memory_members, _SIGMA, perturbation=_FAMILIES[name]).ask()
+        stored = stored_bytes(population)
+        selected = stored_bytes(population, population.select(slots)) - stored
+        rows.append({"family": name, "layers": sizes, "population_bytes": stored, "selection_bytes": selected})
+    dense = options.memory_members * weights * _FLOAT_BYTES
+    return [*rows, {"family": "dense", "layers": sizes, "population_bytes": dense, "selection_bytes": None}]
+
+
+def stored_bytes(*roots: object) -> int:
+    """Bytes of all tensors that can be reached from ``roots``; memory that several share counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(roots)}
+    return sum(storages.values())
+
+
+def _tensors(roots: Sequence[object]) -> Iterator[Tensor]:
+    seen: set[int] = set()
+    waiting = list(roots)
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            yield item
+        elif id(item) not in seen and not isinstance(item, type):
+            seen.add(id(item))
+            if isinstance(item, dict):
+                waiting.extend(item.values())
+            elif isinstance(item, list | tuple | set):
+                waiting.extend(item)
+            else:
+                waiting.extend(getattr(item, "__dict__", {}).values())
+
+
+def _forward_table(options: ForwardBench, points: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title="Population forward ÷ plain inference of the unperturbed network (rates)",
+        caption=f"Median of {options.rounds} rounds (smallest-largest); - would need the given memory.",
+    )
+    for name in ("width", "population", "plain ms", *options.families):
+        table.add_column(name, justify="right")
+    for point in points:
+        cells = [
+            f"- ({show_bytes(point['left_out_bytes'][name])})"
+            if name in point["left_out_bytes"]
+            else "{median:.2f} ({min:.2f}-{max:.2f})".format(**point["ratio"][name])
+            for name in options.families
+        ]
+        plain_ms = f"{1e3 * point['seconds']['plain']:.3f}"
+        table.add_row(str(point["width"]), str(point["population"]), plain_ms, *cells)
+    return table
+
+
+def _memory_table(options: ForwardBench, rows: list[dict[str, Any]]) -> Table:
+    layers = "-".join(str(size) for size in rows[0]["layers"])
+    table = Table(
+        title=f"Memory of {options.memory_members:,} members, {layers}",
+        caption="Stored for the population, and for a selection of 1024 slots; dense is computed, not allocated.",
+    )
+    for name in ("family", "population", "selection"):
+        table.add_column(name, justify="left" if name == "family" else "right")
+    for row in rows:
+        selection = "-" if row["selection_bytes"] is None else show_bytes(row["selection_bytes"])
+        table.add_row(row["family"], show_bytes(row["population_bytes"]), selection)
+    return table
+
+
+def show_bytes(count: int) -> str:
+    """Bytes in decimal MB or GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

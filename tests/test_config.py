@@ -1,0 +1,202 @@
+"""The configuration refuses what cannot work in one line that names the option, and survives the way to disk and back."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from es_flipout.config import TrainConfig
+from es_flipout.errors import UserError
+
+NAN, INF = float("nan"), float("inf")
+
+WRONG: dict[str, list[Any]] = {
+    "sigma": [0.0, -0.1, NAN, INF],
+    "sigma_final": [0.0, -1.0, NAN, INF],
+    "learning_rate": [0.0, -0.1, NAN, INF],
+    "learning_rate_final": [-0.1, NAN, INF],
+    "momentum": [-0.1, 1.0, NAN],
+    "weight_decay": [-0.1, NAN, INF],
+    "output_gain": [NAN, INF],
+    "episode_cap_until": [0.0, 1.1, NAN],
+    "seed": [-1, 2**63],
+    "population_size": [0, 1, 7, -2],
+    "hidden": [(64, 0), (-1,)],
+    "episodes": [0],
+    "bases": [0],
+    "rank": [0],
+    "score_every": [0],
+    "score_episodes": [0],
+    "evaluation_episodes": [0],
+    "checkpoint_every": [0],
+    "keep_checkpoints": [0],
+    "generations": [0, -1],
+    "env_steps": [0],
+    "threads": [0],
+    "slots": [0],
+    "row_block": [0],
+    "episode_cap": [0],
+    "env_kwargs": ["{", "[1]", "3", ""],
+}
+
+# At the edge of what is allowed, and all of it at once: also the opposite of over-strict checks.
+EDGE = TrainConfig(
+    env_id="Any-v0",
+    sigma=1e-12,
+    sigma_final=1e-12,
+    learning_rate=1e-12,
+    learning_rate_final=0.0,
+    momentum=0.0,
+    weight_decay=0.0,
+    episode_cap_until=1.0,
+    seed=2**63 - 1,
+    population_size=2,
+    hidden=(),
+    generations=1,
+    env_steps=1,
+    threads=1,
+    slots=1,
+    row_block=1,
+    episode_cap=1,
+)
+
+# Another value than the default for every field.
+OTHER = TrainConfig(
+    env_id="Other-v3",
+    env_kwargs='{"a": [1, null], "ü": "\\n"}',
+    seed=2**62 + 1,
+    generations=3,
+    env_steps=10**13,
+    population_size=9,
+    episodes=2,
+    sigma=0.1,
+    sigma_final=1 / 3,
+    perturbation="low_rank",
+    base="gaussian",
+    bases=2,
+    rank=3,
+    antithetic=False,
+    optimizer="clipup",
+    learning_rate=1e-7,
+    learning_rate_final=0.0,
+    momentum=0.1,
+    weight_decay=0.3,
+    policy="linear",
+    hidden=(3,),
+    activation="gelu",
+    output_gain=1.0,
+    squash="tanh",
+    observation_norm=False,
+    remove_alive_bonus=False,
+    start_states="generation",
+    episode_cap=5,
+    episode_cap_until=0.7,
+    device="cpu",
+    backend="ray",
+    overlap=False,
+    threads=1,
+    slots=2,
+    row_block=3,
+    score_every=4,
+    score_episodes=5,
+    evaluation_episodes=6,
+    checkpoint_every=7,
+    keep_checkpoints=8,
+)
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(UserError) as refused:
+        dataclasses.replace(TrainConfig(env_id="Any-v0"), **{field: value})
+    message = str(refused.value)
+    assert field.replace("_", "-") in message.replace("_", "-").split()[0], message
+    assert "must be" in message
+    assert str(value) in message
+    assert "\n" not in message
+
+
+def test_the_edges_are_allowed() -> None:
+    assert dataclasses.replace(EDGE) == EDGE
+
+
+def test_only_antithetic_populations_must_be_even() -> None:
+    assert TrainConfig(env_id="Any-v0", population_size=7, antithetic=False).population_size == 7
+    with pytest.raises(UserError, match=r"population-size must be even \(antithetic pairs\), got 7"):
+        TrainConfig(env_id="Any-v0", population_size=7)
+
+
+def test_json_round_trip_of_every_field() -> None:
+    default = dataclasses.asdict(TrainConfig(env_id="Any-v0"))
+    same = [name for name, value in dataclasses.asdict(OTHER).items() if value == default[name]]
+    assert not same, f"OTHER must differ from the defaults in every field, also in {same}"
+    assert set(json.loads(OTHER.to_json())) == set(default)
+    for config in (OTHER, EDGE, TrainConfig(env_id="Any-v0")):
+        again = TrainConfig.from_json(config.to_json())
+        assert again == config
+        assert isinstance(again.hidden, tuple)
+        assert again.to_json() == config.to_json()
+
+
+def with_changes(**changes: Any) -> str:
+    return json.dumps(json.loads(OTHER.to_json()) | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "not a configuration of this version"),
+        (OTHER.to_json()[:100], "not a configuration of this version"),
+        ("[]", "not a configuration of this version"),
+        ("null", "not a configuration of this version"),
+        ('{"hidden": [64]}', "env_id"),
+        ('{"env_id": "Any-v0"}', "hidden"),
+        (with_changes(dropout=0.5), "dropout"),
+        (with_changes(hidden=64), "not a configuration of this version"),
+        (with_changes(sigma="large"), "not a configuration of this version"),
+        (with_changes(sigma=-1.0), "sigma"),
+        (with_changes(perturbation="sparse"), "perturbation"),
+        (with_changes(optimizer="lion"), "optimizer"),
+        (with_changes(policy="transformer"), "policy"),
+        (with_changes(activation="step"), "activation"),
+        (with_changes(squash="sin"), "squash"),
+        (with_changes(start_states="random"), "start.states"),
+        (with_changes(base="uniform"), "base"),
+    ],
+)
+def test_json_of_another_version_is_refused(text: str, named: str) -> None:
+    with pytest.raises(UserError, match=named) as refused:
+        TrainConfig.from_json(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_progress_is_the_larger_fraction() -> None:
+    config = dataclasses.replace(EDGE, generations=10, env_steps=1000)
+    assert config.progress(0, 0) == 0.0
+    assert config.progress(5, 100) == 0.5
+    assert config.progress(1, 900) == 0.9
+    assert config.progress(10, 0) == 1.0
+    assert config.progress(3, 1700) == 1.0
+    assert dataclasses.replace(config, generations=None).progress(99, 250) == 0.25
+    assert dataclasses.replace(config, env_steps=None).progress(2, 10**9) == 0.2
+    assert dataclasses.replace(config, generations=None, env_steps=None).progress(5, 5) == 0.0
+
+
+def test_sigma_and_learning_rate_move_linearly() -> None:
+    config = TrainConfig(env_id="Any-v0", sigma=0.5, sigma_final=0.25, learning_rate=0.5, learning_rate_final=1.0)
+    assert [config.sigma_at(p) for p in (0.0, 0.5, 1.0)] == [0.5, 0.375, 0.25]
+    assert [config.learning_rate_at(p) for p in (0.0, 0.5, 1.0)] == [0.5, 0.75, 1.0]
+    still = TrainConfig(env_id="Any-v0", sigma=0.3, learning_rate=0.7)
+    assert {still.sigma_at(p) for p in (0.0, 0.3, 1.0)} == {0.3}
+    assert {still.learning_rate_at(p) for p in (0.0, 0.3, 1.0)} == {0.7}
+    assert TrainConfig(env_id="Any-v0", learning_rate=0.5, learning_rate_final=0.0).learning_rate_at(1.0) == 0.0
+
+
+def test_the_episode_cap_grows_to_the_limit_and_goes() -> None:
+    config = TrainConfig(env_id="Any-v0", episode_cap=100, episode_cap_until=0.5)
+    assert [config.episode_cap_at(p, 1000) for p in (0.0, 0.25, 0.499)] == [100, 550, 998]
+    assert [config.episode_cap_at(p, 1000) for p in (0.5, 1.0)] == [None, None]
+    assert [config.episode_cap_at(p, None) for p in (0.0, 0.49, 0.5)] == [100, 100, None]
+    uncapped = TrainConfig(env_id="Any-v0")
+    assert [uncapped.episode_cap_at(p, 1000) for p in (0.0, 1.0)] == [None, None]
