@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Without this, MKL rounds a row of a product differently depending on its place in memory, and so on the member's slot.
+# MKL reads it at its first call, so it is set before anything of ours computes; a value that the user set stays.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # torch takes seconds to import, so names are looked up on first use.
 _HOME = {

@@ -51,15 +51,15 @@ class ObservationNorm:
         self._freeze()
 
     def _freeze(self) -> None:
-        """Derive the float32 shift and scale that are applied."""
+        """Derive the scale that is applied."""
         variance = self.deviations / self.count.clamp_min(1)
         std = torch.where(self.count > 1, variance.sqrt().clamp_min(_MIN_STD), torch.ones_like(variance))
-        self.shift = self.mean.to(torch.float32)
-        self.scale = (1 / std).to(torch.float32)
+        self._scale = 1 / std
 
     def __call__(self, obs: Tensor) -> Tensor:
         """Normalise ``(..., O)`` observations; returns float32 of the same shape."""
-        return obs.to(torch.float32).sub(self.shift).mul_(self.scale).clamp_(-_CLIP, _CLIP)
+        # In float64: an entry with a large mean has nothing but rounding left in float32.
+        return obs.sub(self.mean).mul_(self._scale).clamp_(-_CLIP, _CLIP).to(torch.float32)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that :meth:`load_state_dict` needs."""

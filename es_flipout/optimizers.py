@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from es_flipout.errors import UserError
+
 
 class ClipUp(torch.optim.Optimizer):
     """ClipUp (Toklu et al., "ClipUp: a simple and powerful optimizer for distribution-based policy evolution", PPSN 2020).
@@ -63,8 +65,12 @@ def make_optimizer(
         momentum: in [0, 1).
 
     Raises:
-        ValueError: there is no such optimiser.
+        UserError: there is no such optimiser, or a value is out of range.
     """
+    if not learning_rate > 0:
+        raise UserError(f"learning rate must be greater than 0, got {learning_rate}")
+    if not 0 <= momentum < 1:
+        raise UserError(f"momentum must be in [0, 1), got {momentum}")
     match name:
         case "adam":
             return torch.optim.Adam(parameters, lr=learning_rate, betas=(momentum, 0.999), maximize=True, foreach=False)
@@ -72,4 +78,4 @@ def make_optimizer(
             return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, maximize=True, foreach=False)
         case "clipup":
             return ClipUp(parameters, lr=learning_rate, momentum=momentum)
-    raise ValueError(f"optimizer must be adam, sgd or clipup, got {name!r}")
+    raise UserError(f"optimizer must be adam, sgd or clipup, got {name!r}")

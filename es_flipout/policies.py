@@ -77,8 +77,8 @@ class ActionMap:
     """Turns network outputs into actions of a space.
 
     ``Discrete``: the action with the largest output. ``Box``: an output of -1 is the lower and +1 the upper bound of the
-    action, 0 the middle; ``clip`` cuts what lies outside, ``tanh`` squashes it. Where a bound is infinite the output is
-    the action.
+    action, 0 the middle; ``clip`` cuts what lies outside, ``tanh`` squashes it. An entry with an infinite bound takes the
+    output as it is, cut at the other bound.
 
     Attributes:
         size: outputs that the network must have.
@@ -94,9 +94,10 @@ class ActionMap:
             self.size = space.shape[0]
             low = torch.as_tensor(space.low, dtype=torch.float32)
             high = torch.as_tensor(space.high, dtype=torch.float32)
-            self.bounded = bool(torch.isfinite(low).all() and torch.isfinite(high).all())
-            self.middle = (low + high) / 2
-            self.half_range = (high - low) / 2
+            self.bounded = torch.isfinite(low) & torch.isfinite(high)
+            self.low, self.high = low, high
+            self.middle = torch.where(self.bounded, (low + high) / 2, 0)
+            self.half_range = torch.where(self.bounded, (high - low) / 2, 1)
             self.is_unit = bool((low == -1).all() and (high == 1).all())
         else:
             raise UserError(f"the action space {space} is not supported; supported: Discrete and one-dimensional Box")
@@ -104,17 +105,19 @@ class ActionMap:
     def to(self, device: torch.device) -> ActionMap:
         """Move the bounds to a device; returns itself."""
         if not isinstance(self.space, gymnasium.spaces.Discrete):
-            self.middle, self.half_range = self.middle.to(device), self.half_range.to(device)
+            for name in ("bounded", "low", "high", "middle", "half_range"):
+                setattr(self, name, getattr(self, name).to(device))
         return self
 
     def __call__(self, output: Tensor) -> Tensor:
         """``(n, size)`` outputs to ``(n,)`` int64 (Discrete) or ``(n, A)`` floating point (Box) actions."""
         if isinstance(self.space, gymnasium.spaces.Discrete):
             return output.argmax(-1) + self.start
-        if not self.bounded:
-            return output
         action = output.clamp(-1, 1) if self.squash == "clip" else output.tanh()
-        return action if self.is_unit else self.middle + self.half_range * action
+        if self.is_unit:
+            return action
+        action = torch.where(self.bounded, self.middle + self.half_range * action, output)
+        return action.clamp(self.low, self.high)  # also where rounding left the space
 
 
 def check_observation_space(space: gymnasium.Space) -> int:

@@ -15,7 +15,16 @@ from es_flipout.layers import convert
 from es_flipout.perturbations import Family, LinearPerturbation, Members, Rows
 from es_flipout.randomness import Address
 
-ROW_BLOCK = 256
+_MOST_ROWS = 1024
+_FEWEST_ROWS = 128
+_BLOCK_NUMBERS = 65536  # activations of one layer that stay in a core's cache, with what else a layer needs
+
+
+def row_block_for(module: nn.Module, rows: int) -> int:
+    """Rows of one forward: as many as there are, in a power of two, as long as the widest layer stays in the cache."""
+    widest = max((max(p.shape) for p in module.parameters() if p.ndim > 1), default=1)
+    most = min(max(_BLOCK_NUMBERS // widest, _FEWEST_ROWS), _MOST_ROWS)
+    return min(1 << (most.bit_length() - 1), 1 << max(rows - 1, 0).bit_length())
 
 
 class Population:
@@ -25,7 +34,7 @@ class Population:
         size: ``P`` (of this share).
         seed, generation: with a member's number they determine its perturbation.
         row_block: forwards are computed in blocks of exactly this many rows (the last one padded), because a BLAS may
-            round a row differently when the batch has another shape.
+            round a row differently when the batch has another shape; by default see :func:`row_block_for`.
     """
 
     def __init__(
@@ -36,14 +45,14 @@ class Population:
         sigma: float,
         seed: int,
         generation: int,
-        row_block: int = ROW_BLOCK,
+        row_block: int | None = None,
     ) -> None:
         self.size = members.size
         self.members = members
         self.seed = seed
         self.generation = generation
         self.sigma = sigma
-        self.row_block = row_block
+        self.row_block = row_block if row_block is not None else row_block_for(module, members.size)
         self._module = module
         self._twin, self._leaves = convert(module)
         self._perturbations: dict[str, LinearPerturbation[Any]] = {}
@@ -145,7 +154,13 @@ class Selection:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """``(n, ..., in)`` to ``(n, ..., out)``."""
+        """``(n, ..., in)`` to ``(n, ..., out)``.
+
+        Raises:
+            ValueError: ``x`` has another number of rows.
+        """
+        if len(x) != self._size:
+            raise ValueError(f"input must have {self._size} rows, got {len(x)}")
         population, row_block = self._population, self._population.row_block
         outputs = []
         for rows, part in zip(self._blocks, x.split(row_block), strict=True):
@@ -153,7 +168,7 @@ class Selection:
             if missing:
                 part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
             for name, leaf in population._leaves.items():
-                leaf.perturbation, leaf.rows = population._perturbations[name], rows[name]
+                leaf.place.perturbation, leaf.place.rows = population._perturbations[name], rows[name]
             y = population._twin(part)
             outputs.append(y[: row_block - missing] if missing else y)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

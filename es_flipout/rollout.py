@@ -23,7 +23,7 @@ from es_flipout.policies import ActionMap
 from es_flipout.population import Population
 from es_flipout.randomness import Address, Stream, integers
 
-# Observation statistics come from the episodes of this many members at most: their mean is known long before that.
+# Observation statistics come from this many episodes of a generation at most: their mean is known long before that.
 _MOMENT_JOBS = 4096
 
 
@@ -120,18 +120,20 @@ def run(
         seeds: ``(P, E)`` int64, start states; by default addressed by the population's seed and generation.
         max_episode_steps: end episodes after this many steps, if that is before the environment's own limit.
         remove_alive_bonus: leave the environment's alive bonus out of ``fitness``.
-        should_stop: asked before every step; true ends the rollout with :class:`RolloutInterrupted`.
+        should_stop: asked once a step; true ends the rollout with :class:`RolloutInterrupted`.
 
     Returns:
         The returns, lengths and observation moments.
 
     Raises:
-        ValueError: ``episodes`` < 1 or ``seeds`` has another shape.
+        ValueError: ``episodes`` or ``max_episode_steps`` is less than 1, or ``seeds`` has another shape.
         EnvironmentFailureError: the environment's own code raised.
     """
     envs = [env] if isinstance(env, BatchEnv) else list(env)
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if max_episode_steps is not None and max_episode_steps < 1:
+        raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
     if seeds is None:
         if not isinstance(population, Population):
             raise ValueError("seeds are needed for anything but a Population")
@@ -230,14 +232,8 @@ class _Lane:
         cap: int | None,
     ) -> None:
         slots = env.num_envs
-        self.env, self.population, self.jobs, self.norm, self.actions, self.cap = (
-            env,
-            population,
-            jobs,
-            norm,
-            actions,
-            cap,
-        )
+        self.env, self.population, self.jobs = env, population, jobs
+        self.norm, self.actions, self.cap = norm, actions, cap
         self.job = torch.zeros(slots, dtype=torch.int64)
         self.live = torch.zeros(slots, dtype=torch.bool)
         self.elapsed = torch.zeros(slots, dtype=torch.int64)
@@ -314,8 +310,8 @@ class _Lane:
         started = self._begin(slots)
         self.any_live = bool(self.live.any())
         if len(started):
-            # Jobs only run out after every slot had one, so rows still are slots here unless there were few jobs.
-            rows = started if self.rows is None else torch.searchsorted(self.rows, started)
-            self.policy.replace(rows, self.jobs.member_of(self.job[started]).to(self.population.device))
+            # While there are jobs every slot has one, so here rows are slots.
+            assert self.rows is None
+            self.policy.replace(started, self.jobs.member_of(self.job[started]).to(self.population.device))
         if self.any_live and 2 * int(self.live.sum()) <= self.num_rows:
             self._lay_out()

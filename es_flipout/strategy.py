@@ -13,7 +13,7 @@ from es_flipout.estimator import estimate_gradient
 from es_flipout.layers import convert
 from es_flipout.optimizers import make_optimizer
 from es_flipout.perturbations import Family, Members, family_named
-from es_flipout.population import ROW_BLOCK, Population
+from es_flipout.population import Population
 from es_flipout.shaping import centered_ranks
 
 
@@ -60,15 +60,17 @@ class EvolutionStrategy:
         antithetic: bool = True,
         seed: int = 0,
         device: torch.device | str | None = None,
-        row_block: int = ROW_BLOCK,
+        row_block: int | None = None,
     ) -> None:
         if population_size < 2 or (antithetic and population_size % 2):
             need = "an even number of at least 2 (antithetic pairs)" if antithetic else "at least 2"
             raise UserError(f"population size must be {need}, got {population_size}")
         if not sigma > 0:
             raise UserError(f"sigma must be greater than 0, got {sigma}")
-        if not learning_rate > 0:
-            raise UserError(f"learning rate must be greater than 0, got {learning_rate}")
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seed must be in [0, 2**64), got {seed}")
+        if row_block is not None and row_block < 1:
+            raise UserError(f"row block must be at least 1, got {row_block}")
         self._mean = copy.deepcopy(module)
         if device is not None:
             self._mean.to(device)
@@ -142,8 +144,8 @@ class EvolutionStrategy:
         return {
             "generation": self.generation,
             "sigma": self.sigma,
-            "module": self._mean.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "module": copy.deepcopy(self._mean.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

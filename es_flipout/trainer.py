@@ -24,7 +24,7 @@ from es_flipout.evaluate import Evaluation
 from es_flipout.metrics import Metrics, MetricsLog, Reporter, Silent
 from es_flipout.observation_norm import ObservationNorm
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
-from es_flipout.population import ROW_BLOCK, Unperturbed
+from es_flipout.population import Unperturbed, row_block_for
 from es_flipout.randomness import Address, Stream, integers
 from es_flipout.rollout import Rollout, RolloutInterrupted, run, start_seeds
 from es_flipout.runinfo import environment
@@ -75,7 +75,7 @@ class Trainer:
             antithetic=config.antithetic,
             seed=config.seed,
             device=self.device,
-            row_block=config.row_block or row_block_for(-(-sum(env.num_envs for env in self.envs) // 2)),
+            row_block=config.row_block or row_block_for(self.agent.module, -(-sum(e.num_envs for e in self.envs) // 2)),
         )
         score_members = torch.arange(config.score_episodes)
         self._score_seeds = integers(Address(config.seed, _SCORE_GENERATION), Stream.START_STATE, score_members)
@@ -328,11 +328,6 @@ def make_lanes(config: TrainConfig) -> list[BatchEnv]:
     if backend != "mujoco" or not config.overlap or slots < 2:
         return [make_env(config.env_id, slots, threads=config.threads, **kwargs)]
     return [make_env(config.env_id, n, threads=config.threads, **kwargs) for n in (slots - slots // 2, slots // 2)]
-
-
-def row_block_for(slots: int) -> int:
-    """The smallest power of two that holds ``slots`` rows, up to the population's default."""
-    return min(ROW_BLOCK, 1 << max(slots - 1, 0).bit_length())
 
 
 def _device(name: str) -> torch.device:

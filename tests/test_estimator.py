@@ -82,7 +82,7 @@ def test_expectation_is_the_true_gradient_without_antithetic_pairs() -> None:
 
 
 def check_expectation(family: Family, objective: str, antithetic: bool) -> None:
-    size, generations = 64, 150
+    size, generations = 64, 100
     module = nn.Linear(3, 2).double()
     mean = torch.cat([module.weight.flatten(), module.bias]).detach()
     other = torch.randn(8, dtype=torch.float64)
@@ -97,7 +97,7 @@ def check_expectation(family: Family, objective: str, antithetic: bool) -> None:
     drawn = torch.stack(estimates)
     along = drawn @ true / true.square().sum()
     along_error = along.std() / generations**0.5
-    assert along_error < 0.08
+    assert along_error < 0.1
     assert (along.mean() - 1).abs() < 4 * along_error, "wrong scale"
     error = drawn.std(0) / generations**0.5
     assert error.max() < 0.2 * true.norm()

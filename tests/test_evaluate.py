@@ -46,6 +46,10 @@ class Picky(gymnasium.Env):
         self.closed += 1
 
 
+def make_picky(**kwargs: Any) -> Picky:
+    return Picky(**kwargs)
+
+
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     spaces = {
@@ -54,8 +58,8 @@ def registered() -> Iterator[None]:
         "Double": Box(-1, 3, (2,), np.float64),
     }
     for name, space in spaces.items():
-        gymnasium.register(f"Picky{name}-v0", Picky, max_episode_steps=10, kwargs={"action_space": space})
-    gymnasium.register("PickyStuck-v0", Picky, kwargs={"action_space": Discrete(2), "fail_at": 2})
+        gymnasium.register(f"Picky{name}-v0", make_picky, max_episode_steps=10, kwargs={"action_space": space})
+    gymnasium.register("PickyStuck-v0", make_picky, kwargs={"action_space": Discrete(2), "fail_at": 2})
     yield
     for name in (*spaces, "Stuck"):
         gymnasium.registry.pop(f"Picky{name}-v0")

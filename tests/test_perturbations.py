@@ -133,7 +133,7 @@ def test_flipout_partners_flip_r_and_not_s(bases: int) -> None:
 
 def test_noise_has_zero_mean_and_unit_variance(family: Family) -> None:
     """Over many generations, because members share bases; every entry, and so on average every member."""
-    generations, size = 200, 8
+    generations, size = 120, 8
     sums, squares = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
     for generation in range(generations):
         noise = noises(layer(family, members_of(size, antithetic=False), (3, 2), address=Address(0, generation)))

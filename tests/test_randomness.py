@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from es_flipout.randomness import Address, Stream, integers, normals, philox4x32, signs, words
+from es_flipout.randomness import Address, Stream, _normal_table, integers, normals, philox4x32, signs, words
 
 Draw = Callable[[Address, Stream, Tensor, int], Tensor]
 DRAWS: dict[str, Draw] = {"words": words, "signs": signs, "normals": normals, "integers": integers}
@@ -210,6 +210,14 @@ def test_normals_follow_the_normal_distribution() -> None:
     step = torch.arange(1, n + 1) / n
     cdf = 0.5 * (1 + torch.erf(x.sort().values / 2**0.5))
     assert (step - cdf).abs().max() < 1.95 / n**0.5, "Kolmogorov-Smirnov, one in a thousand"
+
+
+def test_normal_table_has_unit_variance_and_is_antisymmetric() -> None:
+    table = _normal_table(torch.device("cpu"))
+    assert len(table) == 65536
+    assert torch.equal(table, -table.flip(0))
+    assert (table.diff() > 0).all()
+    assert float(table.double().square().mean()) == pytest.approx(1, abs=1e-7)
 
 
 def test_normals_are_independent() -> None:

@@ -114,7 +114,7 @@ def child(*args: str, hold: int = HOLD) -> Iterator[Child]:
 def interrupt(run_dir: Path, how: signal.Signals, after: int, dice: random.Random, *args: str) -> None:
     """Start or continue a run and interrupt it at a random moment after the given generation."""
     with child(*args) as running:
-        running.wait_for(dice.randint(after, HOLD - 5))
+        running.wait_for(min(dice.randint(after, after + 5), HOLD))
         time.sleep(dice.uniform(0, 0.05))
         running.process.send_signal(how)
         err = running.rest()
@@ -136,7 +136,9 @@ def interrupt(run_dir: Path, how: signal.Signals, after: int, dice: random.Rando
 def rows(run_dir: Path) -> list[dict[str, str]]:
     """``metrics.csv`` without what a clock decides."""
     with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("env_steps_per_s", "wall_s")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("env_steps_per_s", "wall_s")} for row in csv.DictReader(file)
+        ]
 
 
 def assert_same_run(run_dir: Path, whole: Path) -> None:
@@ -331,7 +333,13 @@ class Threadless:
 def test_killed_at_every_change_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("es_flipout.metrics.SummaryWriter", Threadless)
     config = dataclasses.replace(
-        SMALL, generations=3, population_size=2, score_every=10, score_episodes=1, checkpoint_every=1, keep_checkpoints=2
+        SMALL,
+        generations=3,
+        population_size=2,
+        score_every=10,
+        score_episodes=1,
+        checkpoint_every=1,
+        keep_checkpoints=2,
     )
     with monkeypatch.context() as patch:
         countdown = Countdown(patch, None)

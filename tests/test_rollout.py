@@ -21,7 +21,7 @@ from es_flipout.envs.base import EnvironmentFailureError
 from es_flipout.observation_norm import Moments, ObservationNorm
 from es_flipout.perturbations import Family, Flipout, Members
 from es_flipout.policies import MLP, ActionMap, Linear
-from es_flipout.population import ROW_BLOCK, Population, Unperturbed
+from es_flipout.population import Population, Unperturbed
 from es_flipout.rollout import Rollout, RolloutInterrupted, run, start_seeds
 
 CPU = torch.device("cpu")
@@ -119,6 +119,14 @@ def test_frozen_slots_are_never_stepped() -> None:
     assert live == [[t < n for t in range(6)] for n in (2, 6, 3, 0, 0)]
 
 
+def test_policy_computes_less_than_twice_the_live_rows() -> None:
+    population, env = SignedPopulation(20), ToyEnv(14, lambda seed: 1 + seed % 11)
+    run(population, env, seeds=coded_seeds(20, 1))
+    live = [int(mask.sum()) for mask in env.masks]
+    assert live[-1] == 1, "without a long tail this shows nothing"
+    assert all(rows < 2 * now for rows, now in zip(population.rows_computed, live, strict=True))
+
+
 def test_all_live_is_told_as_none() -> None:
     told = []
 
@@ -183,11 +191,11 @@ def test_nan_reward_spoils_its_episode_alone(slots: list[int]) -> None:
 @pytest.mark.parametrize("slots", [[1], [3], [2, 2]])
 def test_diverged_episodes_end_and_are_counted(slots: list[int]) -> None:
     seeds = coded_seeds(5, 2)
-    bad = [int(seeds[0, 1]), int(seeds[3, 0]), int(seeds[4, 1])]
+    bad = [int(seeds[0, 0]), int(seeds[0, 1]), int(seeds[3, 0])]  # the first two at the same time
     envs = [ToyEnv(s, lambda seed: 4, diverging_seeds=bad) for s in slots]
     rollout = run(SignedPopulation(5), envs, 2, seeds=seeds)
     assert rollout.diverged == 3
-    assert rollout.lengths.tolist() == [[4, 2], [4, 4], [4, 4], [2, 4], [4, 2]]
+    assert rollout.lengths.tolist() == [[2, 2], [4, 4], [4, 4], [2, 4], [4, 4]]
 
 
 def test_moments_of_the_first_jobs_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +226,7 @@ def toys(slots: list[int], obs_dim: int, action_dim: int = 6, cap: int | None = 
     return [ToyEnv(s, lambda seed: 1 + seed % 23, obs_dim=obs_dim, action_space=box, caller_cap=cap) for s in slots]
 
 
-LAYOUTS = [[1], [3], [13], [50], [2, 3], [7, 1], [20, 20]]
+LAYOUTS = [[1], [3], [50], [2, 3], [20, 20]]
 
 
 @pytest.mark.parametrize("episodes", [1, 2])
@@ -227,12 +235,12 @@ def test_slots_do_not_matter_to_the_bit(family: Family, episodes: int) -> None:
     population = population_of(MLP(17, 6, hidden=(16,), output_gain=1.0), family, 14)
     one_each = run(population, toys([14 * episodes], 17), episodes)
     assert len(one_each.episode_returns.unique()) == 14 * episodes
-    for slots in LAYOUTS if episodes == 1 else LAYOUTS[1:3]:
+    for slots in LAYOUTS if episodes == 1 else [[3], [2, 3]]:
         assert same(run(population, toys(slots, 17), episodes), one_each), f"{slots} slots"
 
 
 def test_slots_do_not_matter_to_the_bit_with_the_default_row_block() -> None:
-    population = population_of(MLP(17, 6, output_gain=1.0), Flipout(), 300, row_block=ROW_BLOCK)
+    population = population_of(MLP(17, 6, output_gain=1.0), Flipout(), 300, row_block=256)
     seeds = coded_seeds(300, 1) % 50  # short episodes, many of them alike
     one_each = run(population, toys([300], 17, cap=3), seeds=seeds, max_episode_steps=3)
     assert same(run(population, toys([11, 90], 17, cap=3), seeds=seeds, max_episode_steps=3), one_each)
@@ -272,8 +280,7 @@ def played_alone(policy: nn.Module, seed: int, prepare: Callable[[Tensor], Tenso
     return total, seen
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("slots", [[1], [4], [3, 2]])
+@pytest.mark.parametrize(("slots", "normalised"), [([4], False), ([3, 2], True)])
 def test_equals_playing_every_member_alone(family: Family, slots: list[int], normalised: bool) -> None:
     population = population_of(MLP(5, 6, hidden=(8,), output_gain=1.0), family, 6)
     seeds = coded_seeds(6, 2) % 6  # short episodes: the dynamics are chaotic

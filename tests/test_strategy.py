@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from es_flipout.errors import UserError
 from es_flipout.layers import UnsupportedLayerError
-from es_flipout.perturbations import Dense, Family, Flipout
+from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 from es_flipout.policies import MLP
 from es_flipout.strategy import EvolutionStrategy
 
@@ -375,13 +375,20 @@ def solve_regression(family: Family, optimizer: Optimizer, learning_rate: float)
     return float(loss(strategy.mean_module()(x)) / start)
 
 
-def test_solves_a_small_regression_with_every_family(family: Family) -> None:
-    assert solve_regression(family, "adam", 0.1) < 0.1
-
-
-@pytest.mark.parametrize(("optimizer", "learning_rate"), [("sgd", 0.02), ("clipup", 0.1)])
-def test_solves_a_small_regression_with_other_optimisers(optimizer: Optimizer, learning_rate: float) -> None:
-    assert solve_regression(Flipout(), optimizer, learning_rate) < 0.1
+@pytest.mark.parametrize(
+    ("family_used", "optimizer", "learning_rate"),
+    [
+        (Flipout(), "adam", 0.1),
+        (Flipout(), "sgd", 0.02),
+        (Flipout(), "clipup", 0.1),
+        (Flipout(base="gaussian", bases=3), "adam", 0.1),
+        (LowRank(), "adam", 0.1),
+        (Dense(), "adam", 0.1),
+    ],
+    ids=str,
+)
+def test_solves_a_small_regression(family_used: Family, optimizer: Optimizer, learning_rate: float) -> None:
+    assert solve_regression(family_used, optimizer, learning_rate) < 0.1
 
 
 def test_family_may_be_given_with_settings() -> None:

@@ -121,22 +121,31 @@ class ToyEnv(BatchEnv):
 
 
 class SignedPopulation:
-    """Member ``n`` always acts ``n``, whatever it sees."""
+    """Member ``n`` always acts ``n``, whatever it sees.
+
+    Attributes:
+        rows_computed: the rows of every forward.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.device = torch.device("cpu")
+        self.rows_computed: list[int] = []
 
     def select(self, members: Tensor) -> SignedRows:
-        return SignedRows(members.clone())
+        return SignedRows(members.clone(), self.rows_computed)
 
 
 class SignedRows:
-    def __init__(self, members: Tensor) -> None:
+    """The rows of a :class:`SignedPopulation`."""
+
+    def __init__(self, members: Tensor, rows_computed: list[int]) -> None:
         self.members = members
+        self.rows_computed = rows_computed
 
     def __call__(self, x: Tensor) -> Tensor:
         assert len(x) == len(self.members)
+        self.rows_computed.append(len(x))
         return self.members[:, None].to(torch.float32)
 
     def replace(self, rows: Tensor, members: Tensor) -> None:

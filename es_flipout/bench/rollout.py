@@ -44,7 +44,7 @@ from es_flipout.errors import UserError
 from es_flipout.trainer import Trainer
 
 _WALKERS = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
-_NEVER_END: Mapping[str, Mapping[str, Any]] = dict.fromkeys(_WALKERS, {"terminate_when_unhealthy": False})
+_NEVER_END: Mapping[str, Mapping[str, Any]] = {name: {"terminate_when_unhealthy": False} for name in _WALKERS}
 _GYMNASIUM_ENVS = (2, 32)
 _OTHERS = ("physics", "physics_and_forces", "gymnasium")
 _CAPTION = "Ratios: median of the rounds (smallest-largest). Physics replays the states and actions of training."
@@ -170,9 +170,11 @@ class _Physics:
     def __init__(self, trainer: Trainer) -> None:
         config, lanes = trainer.config, trainer.envs
         recorders = [_Recorder(env) for env in lanes]
-        trainer.envs = [*recorders]
-        played = trainer.generation()
-        trainer.envs = lanes
+        trainer.envs = list[BatchEnv](recorders)
+        try:
+            played = trainer.generation()
+        finally:
+            trainer.envs = lanes
         if int(played.lengths.min()) != int(played.lengths.max()) or len(played.lengths) != config.population_size:
             raise UserError(f"{config.env_id} ends episodes early, so physics and training would do different work")
         self.env = _mujoco_env(config.env_id, config.population_size, config.threads, config.parsed_env_kwargs())

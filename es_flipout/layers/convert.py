@@ -24,8 +24,14 @@ def convert(module: nn.Module) -> tuple[nn.Module, dict[str, PopulationLinear]]:
         The copy, and its population-aware leaves by their dotted name in ``module``.
 
     Raises:
-        UnsupportedLayerError: another leaf has parameters, or two leaves share one.
+        UnsupportedLayerError: another leaf has parameters, two leaves share one, or a layer mixes rows.
     """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedLayerError(
+                f"layer {name!r} of type {type(child).__name__} mixes the rows of a batch, and so the members of a "
+                "population; use LayerNorm in its place"
+            )
     linears = {name: child for name, child in module.named_modules() if type(child) is nn.Linear}
     owners: dict[int, str] = {}
     for name, child in module.named_modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,15 +10,26 @@ from torch import Tensor, nn
 from es_flipout.perturbations.base import LinearPerturbation
 
 
+@dataclass
+class Place:
+    """Whose weights a layer has at the moment; apart, because setting attributes of an ``nn.Module`` is slow."""
+
+    perturbation: LinearPerturbation[Any] | None = None
+    rows: Any = None
+
+
 class PopulationLinear(nn.Module):
     """Stands where an ``nn.Linear`` stood; row ``i`` of its input goes through the layer of the member in row ``i``.
 
-    The population points ``perturbation`` and ``rows`` at its own before every forward.
+    The population sets ``place`` before every forward.
     """
 
-    perturbation: LinearPerturbation[Any]
-    rows: Any
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = Place()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, ..., in)`` to ``(n, ..., out)``."""
-        return self.perturbation.linear(x, self.rows)
+        place = self.place
+        assert place.perturbation is not None
+        return place.perturbation.linear(x, place.rows)

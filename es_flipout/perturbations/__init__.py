@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from es_flipout.errors import UserError
 from es_flipout.perturbations.base import Family, LinearPerturbation, Members, Rows
 from es_flipout.perturbations.dense import Dense
 from es_flipout.perturbations.flipout import Flipout
@@ -16,8 +17,8 @@ def family_named(name: str) -> Family:
     """The family ``flipout``, ``low_rank`` or ``dense`` with its default settings.
 
     Raises:
-        ValueError: there is no such family.
+        UserError: there is no such family.
     """
     if name not in _FAMILIES:
-        raise ValueError(f"perturbation must be one of {', '.join(_FAMILIES)}, got {name!r}")
+        raise UserError(f"perturbation must be one of {', '.join(_FAMILIES)}, got {name!r}")
     return _FAMILIES[name]()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from es_flipout.errors import UserError
 from es_flipout.perturbations.base import Family, LinearPerturbation, Members, Rows, mean_linear, over_rows
 from es_flipout.randomness import Address, Stream, normals, signs
 
@@ -124,8 +125,10 @@ class Flipout(Family):
     bases: int = 1
 
     def __post_init__(self) -> None:
+        if self.base not in ("rademacher", "gaussian"):
+            raise UserError(f"base must be rademacher or gaussian, got {self.base!r}")
         if self.bases < 1:
-            raise ValueError(f"bases must be at least 1, got {self.bases}")
+            raise UserError(f"bases must be at least 1, got {self.bases}")
 
     @override
     def linear(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from es_flipout.errors import UserError
 from es_flipout.perturbations.base import Family, LinearPerturbation, Members, Rows, mean_linear, over_rows
 from es_flipout.randomness import Address, Stream, normals
 
@@ -62,7 +63,7 @@ class LowRankLinear(LinearPerturbation[LowRankRows]):
         index = torch.tensor([member], device=self.weight.device)
         source = self.members.source_of(index)
         product = self.left[source][0].T @ self.right[source][0]
-        return product * (self.members.sign_of(index) / self.rank**0.5)
+        return product * (self.members.sign_of(index).to(product.dtype) / self.rank**0.5)
 
     @override
     def weighted_weight_sum(self, v: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class LowRank(Family):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+            raise UserError(f"rank must be at least 1, got {self.rank}")
 
     @override
     def linear(
