@@ -39,16 +39,22 @@ def _cartpole(env_id: str) -> TrainConfig:
 
 
 def _pendulum(env_id: str) -> TrainConfig:
+    # Many small generations and plain gradient steps: with Adam the outputs saturate before the policy balances.
     return TrainConfig(
         env_id=env_id,
         env_steps=4_000_000,
-        population_size=128,
-        episodes=2,
+        population_size=8,
         sigma=0.1,
-        learning_rate=0.03,
-        learning_rate_final=0.003,
-        hidden=(32, 32),
-        start_states="generation",
+        optimizer="sgd",
+        momentum=0.0,
+        learning_rate=0.04,
+        learning_rate_final=0.01,
+        hidden=(16,),
+        activation="relu",
+        output_gain=1.0,
+        squash="tanh",
+        score_every=100,
+        checkpoint_every=100,
     )
 
 
@@ -106,15 +112,25 @@ def _swimmer(env_id: str) -> TrainConfig:
     return TrainConfig(
         env_id=env_id,
         env_steps=5_000_000,
-        population_size=64,
+        policy="linear",
+        observation_norm=False,
+        population_size=16,
         sigma=0.1,
-        learning_rate=0.03,
-        learning_rate_final=0.003,
+        learning_rate=0.05,
+        learning_rate_final=0.01,
     )
 
 
 def _half_cheetah(env_id: str) -> TrainConfig:
-    return TrainConfig(env_id=env_id, env_steps=12_000_000, population_size=64, sigma=0.03, learning_rate=0.02)
+    return TrainConfig(
+        env_id=env_id,
+        env_steps=10_000_000,
+        population_size=64,
+        sigma=0.05,
+        sigma_final=0.02,
+        learning_rate=0.03,
+        learning_rate_final=0.005,
+    )
 
 
 def _hopper(env_id: str) -> TrainConfig:

@@ -44,7 +44,7 @@ def experienced(config: TrainConfig = CONFIG) -> Agent:
 def test_actions_are_those_of_the_normalised_network() -> None:
     made, obs = experienced(), observations()
     assert isinstance(made.norm, ObservationNorm)
-    outputs = made.module((obs.float() - made.norm.shift) * made.norm.scale)
+    outputs = made.module(made.norm(obs))
     low, high = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 10.0])
     expected = (low + high) / 2 + (high - low) / 2 * outputs.clamp(-1, 1)
     actions = made(obs)

@@ -20,11 +20,14 @@ from es_flipout.evaluate import Evaluation, evaluate, make_real_env
 CONTRACT = {"env_id", "episodes", "mean_return", "std_return", "median_return", "versions"}
 
 
+OBSERVATIONS = Box(-1, 1, (2, 2), np.float32)
+
+
 class Picky(gymnasium.Env):
     """Refuses actions outside its space; the reward of a step is the sum of its action."""
 
     def __init__(self, action_space: gymnasium.Space, fail_at: int | None = None) -> None:
-        self.observation_space: Box = Box(-1, 1, (2, 2), np.float32)
+        self.observation_space = OBSERVATIONS
         self.action_space = action_space
         self.fail_at = fail_at
         self.closed = 0
@@ -32,7 +35,7 @@ class Picky(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.t = 0
-        return self.observation_space.low.copy(), {}
+        return OBSERVATIONS.low.copy(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.t += 1
@@ -40,7 +43,7 @@ class Picky(gymnasium.Env):
             raise RuntimeError("the hinge\nis stuck")
         if not self.action_space.contains(action):
             raise ValueError(f"{action!r} is not in {self.action_space}")
-        return self.observation_space.high.copy(), float(np.sum(action)), self.t == 3, False, {}
+        return OBSERVATIONS.high.copy(), float(np.sum(action)), self.t == 3, False, {}
 
     def close(self) -> None:
         self.closed += 1
