@@ -132,7 +132,7 @@ class TerminalReporter:
         self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:3.0f}%  {task.fields[status]}"),
             TimeRemainingColumn(compact=True),
             console=console,
@@ -156,7 +156,7 @@ class TerminalReporter:
         score = "-" if self._score is None else f"{self._score:,.1f}"
         status = (
             f"gen {metrics.generation}  mean {metrics.mean_return:,.1f}  best {metrics.best_return:,.1f}  "
-            f"score {score}  {metrics.env_steps:,} steps  {metrics.env_steps_per_s:,.0f}/s"
+            f"score {score}  {_short(metrics.env_steps)} steps  {_short(metrics.env_steps_per_s)}/s"
         )
         self._bar.update(self._task, completed=progress, status=status)
         now = time.monotonic()
@@ -167,3 +167,11 @@ class TerminalReporter:
     def say(self, message: str) -> None:
         """One line above the bar."""
         self._console.print(message, highlight=False, soft_wrap=True)
+
+
+def _short(count: float) -> str:
+    """A number in three or four characters: 950, 85.2k, 1.25M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"

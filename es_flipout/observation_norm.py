@@ -55,11 +55,12 @@ class ObservationNorm:
         variance = self.deviations / self.count.clamp_min(1)
         std = torch.where(self.count > 1, variance.sqrt().clamp_min(_MIN_STD), torch.ones_like(variance))
         self._scale = 1 / std
+        self._offset = -self.mean * self._scale
 
     def __call__(self, obs: Tensor) -> Tensor:
         """Normalise ``(..., O)`` observations; returns float32 of the same shape."""
         # In float64: an entry with a large mean has nothing but rounding left in float32.
-        return obs.sub(self.mean).mul_(self._scale).clamp_(-_CLIP, _CLIP).to(torch.float32)
+        return torch.addcmul(self._offset, obs, self._scale).to(torch.float32).clamp_(-_CLIP, _CLIP)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that :meth:`load_state_dict` needs."""

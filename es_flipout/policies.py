@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from es_flipout.errors import UserError
 
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "elu": nn.functional.elu,
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
 }
 
 
@@ -44,18 +44,19 @@ class MLP(nn.Module):
         if activation not in _ACTIVATIONS:
             raise UserError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         sizes = [obs_dim, *hidden, action_dim]
-        layers: list[nn.Module] = []
-        for i, (size_in, size_out) in enumerate(pairwise(sizes)):
-            last = i == len(sizes) - 2
-            linear = nn.Linear(size_in, size_out)
-            nn.init.orthogonal_(linear.weight, gain=output_gain if last else 1.0, generator=generator)
-            nn.init.zeros_(linear.bias)
-            layers += [linear] if last else [linear, _ACTIVATIONS[activation]()]
-        self.layers = nn.Sequential(*layers)
+        self.activation = _ACTIVATIONS[activation]
+        self.layers = nn.ModuleList(nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes))
+        for layer in self.layers:
+            gain = output_gain if layer is self.layers[-1] else 1.0
+            nn.init.orthogonal_(layer.weight, gain=gain, generator=generator)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Network output (an action before :class:`ActionMap`, or one score for each discrete action)."""
-        return self.layers(x)
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return last(x)
 
 
 class Linear(nn.Module):

@@ -290,10 +290,12 @@ class _Lane:
 
     def absorb(self, obs: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> None:
         """Take in a step's outcome; end episodes and start the next jobs."""
-        self.obs = obs.cpu()
-        self.returns += reward.cpu()
+        if obs.device.type != "cpu":
+            obs, reward, terminated, truncated = obs.cpu(), reward.cpu(), terminated.cpu(), truncated.cpu()
+        self.obs = obs
+        self.returns += reward
         self.elapsed += 1
-        done = (terminated | truncated).cpu()
+        done = terminated | truncated
         if self.cap is not None:
             done |= self.live & (self.elapsed >= self.cap)
         if done.any():

@@ -48,8 +48,8 @@ def main() -> None:
 def table(out: Path) -> str:
     """The learning table in Markdown."""
     lines = [
-        "| environment | target | median seed | seeds, worst to best | env steps | training time | best published ARS (rl-zoo) |",
-        "|---|---|---|---|---|---|---|",
+        "| environment | target | median seed | seeds, worst to best | env steps | best published ARS (rl-zoo) |",
+        "|---|---|---|---|---|---|",
     ]
     rows = read_csv(out / "runs.csv")
     for env_id, (target, published) in TASKS.items():
@@ -60,10 +60,9 @@ def table(out: Path) -> str:
         median = statistics.median(scores)
         reached = "" if median >= target else " (short)"
         steps = statistics.median(float(row["env_steps"]) for row in own) / 1e6
-        seconds = statistics.median(float(row["train_s"]) for row in own)
         seeds = ", ".join(f"{score:,.0f}" for score in scores)
         lines.append(
-            f"| {env_id} | {target:,.0f} | **{median:,.1f}**{reached} | {seeds} | {steps:.2f}M | {seconds:.0f} s | {published} |"
+            f"| {env_id} | {target:,.0f} | **{median:,.1f}**{reached} | {seeds} | {steps:.2f}M | {published} |"
         )
     return "\n".join(lines) + "\n"
 

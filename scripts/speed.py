@@ -25,6 +25,7 @@ def main() -> None:
     if not options.render:
         measure(options.out, options.rounds, options.seconds)
     (options.out / "table.md").write_text(rollout_table(options.out) + "\n" + forward_tables(options.out))
+    (options.out / "sentence.md").write_text(sentence(options.out))
 
 
 def measure(out: Path, rounds: int, seconds: float) -> None:
@@ -91,6 +92,21 @@ def forward_tables(out: Path) -> str:
         computed = " (computed, not allocated)" if row["family"] == "dense" else ""
         lines.append(f"| {row['family']} | {row['population_bytes'] / 1e6:,.0f} MB{computed} |")
     return "\n".join(lines) + "\n"
+
+
+def sentence(out: Path) -> str:
+    """The first thing that the README says of speed: HalfCheetah at the largest population measured."""
+    results = json.loads((out / "rollout.json").read_text())
+    hardware = results["environment"]["hardware"]
+    point = [p for p in results["results"]["rollout"] if p["env_id"] == "HalfCheetah-v5"][-1]
+    ratios = point["training_to"]
+    return (
+        f"On {hardware['cores']} cores of an {hardware['cpu']}, HalfCheetah-v5 trains at "
+        f"**{point['steps_per_s']['training']['median']:,.0f} environment steps per second** with "
+        f"{point['population']} members: {ratios['physics']['median']:.2f} of what bare MuJoCo does with the same threads, "
+        f"and {ratios['gymnasium']['median']:.1f} times what Gymnasium's asynchronous vector environment gives with the "
+        "same network.\n"
+    )
 
 
 def _spread(spread: dict[str, float], digits: int = 3) -> str:

@@ -33,3 +33,6 @@ class PopulationLinear(nn.Module):
         place = self.place
         assert place.perturbation is not None
         return place.perturbation.linear(x, place.rows)
+
+    # Nobody hangs hooks on a twin, and looking for them takes longer than a small layer.
+    __call__ = forward
