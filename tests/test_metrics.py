@@ -141,8 +141,18 @@ def test_the_bar_shows_the_run() -> None:
         SECOND, env_steps=1_234_567, env_steps_per_s=4321.0, mean_return=21.04, best_return=99.06, score=55.55
     )
     screen = shown(True, (metrics, 0.25))
-    for part in ("CartPole-v1", "gen 2", "mean 21.0", "best 99.1", "score 55.5", "1,234,567 steps", "4,321/s", "25%"):
+    for part in ("CartPole-v1", "gen 2", "mean 21.0", "best 99.1", "score 55.5", "1.23M steps", "4.32k/s", "25%"):
         assert part in screen, part
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (950, "950"), (999.4, "999"), (1000, "1k"), (85_234, "85.2k"), (999_499, "999k"), (2_000_000_000, "2G")]
+    + [(999.6, "1k"), (999_999, "1M"), (999_999_999, "1G")],
+)
+def test_counts_are_short(count: float, text: str) -> None:
+    screen = shown(True, (dataclasses.replace(SECOND, env_steps=1, env_steps_per_s=count), 0.25))
+    assert f"  1 steps  {text}/s" in screen
 
 
 def test_the_last_score_stays_in_sight() -> None:

@@ -10,19 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 import torch
+from torch import Tensor
 
 from es_flipout import cli
 from es_flipout.checkpoint import checkpoints, load_checkpoint, load_tensors
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
 from es_flipout.metrics import Metrics, Silent
+from es_flipout.rollout import Rollout
 from es_flipout.trainer import Trainer, read_config
 
 ROOT = Path(__file__).parents[1]
@@ -273,6 +275,44 @@ def test_a_signal_saves_what_no_checkpoint_held(tmp_path: Path, generation: int,
     assert trainer.interrupted
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert load_checkpoint(tmp_path / "run" / "checkpoints")[1].generation == generation
+    Trainer.resume(tmp_path / "run").train()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def during_the_third(trainer: Trainer) -> Callable[[], Rollout]:
+    """``trainer.generation``, but in the third one a signal comes while the first policy rows are computed."""
+    original, norm = trainer.generation, trainer.agent.norm
+    calls = 0
+
+    def pressed(obs: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return norm(obs)
+
+    def generation() -> Rollout:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            return original()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer.agent, "norm", pressed)
+            return original()
+
+    return generation
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "InvertedPendulum-v5"])
+def test_a_signal_does_not_wait_for_the_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env_id: str
+) -> None:
+    config = dataclasses.replace(SMALL, env_id=env_id, threads=1)
+    train_whole(config, tmp_path / "whole")
+    trainer = Trainer(config, tmp_path / "run")
+    trainer.create()
+    monkeypatch.setattr(trainer, "generation", during_the_third(trainer))
+    trainer.train()
+    assert trainer.interrupted
+    assert trainer.progress.generation == 2
+    assert [row["generation"] for row in rows(tmp_path / "run")] == ["1", "2"]
     Trainer.resume(tmp_path / "run").train()
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 

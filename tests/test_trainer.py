@@ -20,6 +20,7 @@ from es_flipout.config import TrainConfig
 from es_flipout.envs.base import EnvironmentFailureError, UnsupportedEnvironmentError
 from es_flipout.errors import UserError
 from es_flipout.metrics import Silent
+from es_flipout.observation_norm import ObservationNorm
 from es_flipout.trainer import Trainer, load_agent
 
 TIMES = ("env_steps_per_s", "wall_s")
@@ -133,6 +134,20 @@ def test_steps_of_scoring_are_not_counted(tmp_path: Path, toys: MakeToys) -> Non
     scored = {int(seed) for seed in trainer._score_seeds.flatten()}
     assert trainer.progress.env_steps == sum(step.seed not in scored for step in made[-1].trace)
     assert sum(step.seed in scored for step in made[-1].trace) == 3 * sum(seed % 5 + 2 for seed in scored)
+
+
+def test_observation_statistics_are_those_of_the_live_steps_of_training(
+    toys: MakeToys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = toys(obs_dim=3)
+    monkeypatch.setattr(Trainer, "score", lambda self: 0.5)
+    trainer = train(toy_config(slots=4))
+    seen = torch.stack([step.obs for step in made[-1].trace])
+    norm = trainer.agent.norm
+    assert isinstance(norm, ObservationNorm)
+    assert float(norm.count) == len(seen) == trainer.progress.env_steps
+    torch.testing.assert_close(norm.mean, seen.mean(0))
+    torch.testing.assert_close(norm.deviations / norm.count, seen.var(0, correction=0))
 
 
 def test_rows_say_what_was_played(tmp_path: Path, toys: MakeToys, monkeypatch: pytest.MonkeyPatch) -> None:
