@@ -114,7 +114,7 @@ def _inverted_double_pendulum(env_id: str) -> TrainConfig:
 def _swimmer(env_id: str) -> TrainConfig:
     return TrainConfig(
         env_id=env_id,
-        env_steps=5_000_000,
+        env_steps=4_000_000,
         policy="linear",
         observation_norm=False,
         population_size=16,
@@ -139,7 +139,7 @@ def _half_cheetah(env_id: str) -> TrainConfig:
 def _hopper(env_id: str) -> TrainConfig:
     return TrainConfig(
         env_id=env_id,
-        env_steps=6_000_000,
+        env_steps=4_000_000,
         policy="linear",
         population_size=32,
         sigma=0.03,

@@ -280,12 +280,13 @@ def test_a_signal_saves_what_no_checkpoint_held(tmp_path: Path, generation: int,
 
 
 def during_the_third(trainer: Trainer) -> Callable[[], Rollout]:
-    """``trainer.generation``, but in the third one a signal comes while the first policy rows are computed."""
+    """``trainer.generation``, but in the third one a signal comes while the first step is prepared."""
     original, norm = trainer.generation, trainer.agent.norm
     calls = 0
 
     def pressed(obs: Tensor) -> Tensor:
-        signal.raise_signal(signal.SIGTERM)
+        if not trainer.interrupted:
+            signal.raise_signal(signal.SIGTERM)
         return norm(obs)
 
     def generation() -> Rollout:
