@@ -45,11 +45,12 @@ class MLP(nn.Module):
             raise UserError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         sizes = [obs_dim, *hidden, action_dim]
         self.activation = _ACTIVATIONS[activation]
-        self.layers = nn.ModuleList(nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes))
-        for layer in self.layers:
-            gain = output_gain if layer is self.layers[-1] else 1.0
+        layers = [nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes)]
+        for layer in layers:
+            gain = output_gain if layer is layers[-1] else 1.0
             nn.init.orthogonal_(layer.weight, gain=gain, generator=generator)
             nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Network output (an action before :class:`ActionMap`, or one score for each discrete action)."""

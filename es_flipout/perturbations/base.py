@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class Members:
 class Rows:
     """What a layer needs of ``n`` members; every tensor field has the row as its first dimension."""
 
-    def put(self, index: Tensor, other: Self) -> None:
-        """Overwrite the rows ``index`` ``(k,)`` with the ``k`` rows of ``other``."""
+    def put(self, index: Tensor, other: Rows) -> None:
+        """Overwrite the rows ``index`` ``(k,)`` with the ``k`` rows of ``other``, of the same kind."""
         for field in fields(self):
             own = getattr(self, field.name)
             if own is not None:

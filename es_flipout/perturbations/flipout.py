@@ -8,7 +8,7 @@ signs s on the input and r on the output); here every member of the population i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class FlipoutRows(Rows):
         self.bases_used = [0] if self.base is None else self.base.unique().tolist()
 
     @override
-    def put(self, index: Tensor, other: Self) -> None:
+    def put(self, index: Tensor, other: Rows) -> None:
         super().put(index, other)
         self.__post_init__()
 
