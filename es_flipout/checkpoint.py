@@ -42,8 +42,9 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors atomically; returns the SHA-256 of the file."""
-    data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    """Write tensors atomically, with a checksum of their own; returns the SHA-256 of the file."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    data = safetensors.torch.save(plain, metadata={"sha256": _checksum(plain)})
     atomic_write(path, data)
     return hashlib.sha256(data).hexdigest()
 
@@ -52,7 +53,7 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Read tensors.
 
     Raises:
-        UserError: the file is missing or damaged (or its SHA-256 is another one).
+        UserError: the file is missing or damaged (a checksum is wrong).
     """
     try:
         data = path.read_bytes()
@@ -61,9 +62,21 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{path} is damaged: its checksum is wrong; remove it to go on from the checkpoint before it")
     try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    if header.get("__metadata__", {}).get("sha256") != _checksum(tensors):
+        raise UserError(f"{path} is damaged: its checksum is wrong")
+    return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress, keep: int) -> None:
@@ -83,7 +96,12 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress
 
 def checkpoints(folder: Path) -> list[Path]:
     """The JSON files of the complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("generation_*.json") if path.with_suffix(".safetensors").exists())
+    found = (path for path in folder.glob("generation_*.json") if path.with_suffix(".safetensors").exists())
+    return sorted((path for path in found if _number(path).isdigit()), key=lambda path: int(_number(path)))
+
+
+def _number(path: Path) -> str:
+    return path.stem.removeprefix("generation_")
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Progress]:

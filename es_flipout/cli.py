@@ -43,7 +43,7 @@ class TrainOptions:
 class ResumeOptions:
     """Continue a run to the bit as if it had never stopped."""
 
-    run_dir: Path
+    run_dir: Annotated[Path, tyro.conf.arg(metavar="RUN_DIR")]
     """Directory of the run."""
 
 
@@ -51,7 +51,7 @@ class ResumeOptions:
 class EvaluateOptions:
     """Score the mean policy of a run in the real single Gymnasium environment."""
 
-    run_dir: Path
+    run_dir: Annotated[Path, tyro.conf.arg(metavar="RUN_DIR")]
     """Directory of the run."""
     episodes: int = 100
     """Episodes to play."""
@@ -69,6 +69,7 @@ def train(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     if not arguments:
         raise UserError("which environment? es-flipout train ENV_ID; `es-flipout envs` lists them")
+    _refuse_unknown_options(arguments)
     env_id = arguments[0]
     if env_id.startswith("-"):
         # The environment comes after options, or help was asked for: read everything once with general defaults.
@@ -113,8 +114,12 @@ def _train(trainer: Trainer, run_dir: Path, console: Console) -> int:
         print(f"continue with: es-flipout resume {run_dir}")
         return 0
     config = trainer.config
-    with console.status(f"scoring in {config.env_id}, {config.evaluation_episodes} episodes"):
-        evaluation = play(trainer.trained_agent(), config, config.evaluation_episodes)
+    try:
+        with console.status(f"scoring in {config.env_id}, {config.evaluation_episodes} episodes"):
+            evaluation = play(trainer.trained_agent(), config, config.evaluation_episodes)
+    except KeyboardInterrupt:
+        print(f"stopped while scoring; score with: es-flipout resume {run_dir}")
+        return 0
     write_evaluation(run_dir, evaluation)
     print(
         f"score {evaluation.mean_return:,.1f} (sd {evaluation.std_return:,.1f}, median {evaluation.median_return:,.1f}) "
@@ -211,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[arguments[0]][0](arguments[1:])
     except (UserError, OSError) as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         # The environments' errors are the user's too, but importing them before they are needed would cost seconds.
         base = sys.modules.get("es_flipout.envs.base")
@@ -251,9 +259,21 @@ def _parse(options: type[Options], arguments: Sequence[str], command: str, defau
         raise UserError(_one_line(said.getvalue()) + f" (see es-flipout {command} --help)") from None
 
 
+def _refuse_unknown_options(arguments: Sequence[str]) -> None:
+    """Name an option of ``train`` that does not exist, and the nearest that does."""
+    names = ["run_dir", *(field.name for field in dataclasses.fields(TrainConfig) if field.name != "env_id")]
+    known = ["--help", *(f"--{prefix}{name}".replace("_", "-") for name in names for prefix in ("", "no_"))]
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else " (see es-flipout train --help)"
+            raise UserError(f"unrecognized option {option}{hint}")
+
+
 def _one_line(box: str) -> str:
     """The text of tyro's error box without its frame."""
-    lines = [line.strip("│|╭╮╰╯─ ") for line in box.splitlines()]
+    lines = [line.strip("│|╭╮╰╯─+-= ") for line in box.splitlines()]
     kept: list[str] = []
     for line in lines:
         if (not line and kept) or line.startswith("For full helptext"):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from es_flipout.errors import UserError
+
+_NOT_ENV_KWARGS = frozenset({"env_id", "id", "num_envs", "threads", "device", "vectorization_mode"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that determines a training run."""
 
-    env_id: str
+    env_id: Annotated[str, tyro.conf.arg(metavar="ENV_ID")]
     """Gymnasium id of the environment."""
     env_kwargs: str = "{}"
     """Keyword arguments of gymnasium.make, as a JSON object."""
@@ -85,8 +90,9 @@ class TrainConfig:
     """One machine, or a Ray cluster."""
     threads: int | None = None
     """Physics threads; by default one for each core."""
-    overlap: bool = True
-    """Let the physics of one half of the environments run while the policy serves the other (MuJoCo on the CPU)."""
+    overlap: bool | None = None
+    """Let the physics of one half of the environments run while the policy serves the other (MuJoCo on the CPU); by
+    default where there are more than two cores."""
     slots: int | None = None
     """Environments stepped side by side; by default enough for the population, up to 1024."""
     row_block: int | None = None
@@ -116,6 +122,10 @@ class TrainConfig:
                 _require(math.isfinite(final) and final >= 0, f"{name}_final", "0 or greater", final)
         if self.sigma_final is not None:
             _require(self.sigma_final > 0, "sigma_final", "greater than 0", self.sigma_final)
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal:
+                choices = typing.get_args(hint)
+                _require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))
         positive = ("episodes", "bases", "rank", "score_every", "score_episodes", "evaluation_episodes")
         for name in (*positive, "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -128,7 +138,9 @@ class TrainConfig:
             _require(self.population_size % 2 == 0, "population_size", "even (antithetic pairs)", self.population_size)
         _require(all(size >= 1 for size in self.hidden), "hidden", "layer sizes of at least 1", self.hidden)
         _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        _require(self.weight_decay >= 0, "weight_decay", "0 or greater", self.weight_decay)
+        for name in ("weight_decay", "output_gain"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, "0 or greater", value)
         _require(0 < self.episode_cap_until <= 1, "episode_cap_until", "in (0, 1]", self.episode_cap_until)
         self.parsed_env_kwargs()
 
@@ -138,7 +150,9 @@ class TrainConfig:
             parsed = json.loads(self.env_kwargs)
         except json.JSONDecodeError as error:
             raise UserError(f"env_kwargs must be a JSON object, got {self.env_kwargs!r} ({error})") from None
-        _require(isinstance(parsed, dict), "env_kwargs", 'a JSON object such as {"render_mode": null}', self.env_kwargs)
+        _require(isinstance(parsed, dict), "env_kwargs", 'a JSON object such as {"healthy_reward": 2}', self.env_kwargs)
+        for name in _NOT_ENV_KWARGS & parsed.keys():
+            raise UserError(f"env-kwargs must be keyword arguments of gymnasium.make, and {name} is none")
         return parsed
 
     def progress(self, generation: int, env_steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.wrappers import FlattenObservation
+from torch import Tensor
 
 from es_flipout.agent import Agent
 from es_flipout.config import TrainConfig
@@ -35,8 +37,9 @@ class Evaluation:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As written to ``evaluation.json``."""
-        return asdict(self)
+        """As written to ``evaluation.json``; what is not finite, which JSON does not know, becomes None."""
+        values = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def make_real_env(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env:
@@ -45,6 +48,14 @@ def make_real_env(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env:
     space = env.observation_space
     flat = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
     return env if flat else FlattenObservation(env)
+
+
+def _in_space(action: Tensor, space: gymnasium.Space) -> int | np.ndarray:
+    """An action of our environments, where ``Discrete`` starts at 0 and ``Box`` is flat, as one of Gymnasium's."""
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return int(action) + int(space.start)
+    assert space.shape is not None
+    return action.numpy().reshape(space.shape)
 
 
 def evaluate(
@@ -74,9 +85,8 @@ def evaluate(
             obs, _ = env.reset(seed=first_seed + episode)
             ended = False
             while not ended:
-                action = agent(torch.as_tensor(np.asarray(obs))[None])[0].numpy()
-                discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
-                obs, reward, terminated, truncated, _ = env.step(int(action) if discrete else action)
+                action = agent(torch.as_tensor(np.asarray(obs))[None])[0]
+                obs, reward, terminated, truncated, _ = env.step(_in_space(action, env.action_space))
                 returns[episode] += float(reward)
                 lengths[episode] += 1
                 ended = terminated or truncated

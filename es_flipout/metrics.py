@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -60,10 +61,13 @@ class MetricsLog:
         self._path = run_dir / "metrics.csv"
         rows = [",".join(COLUMNS)]
         if self._path.exists():
-            rows += [row for row in self._path.read_text(encoding="utf-8").splitlines()[1:] if _before(row, generation)]
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[1:]
+            rows += [line.removesuffix("\n") for line in lines if _before(line, generation)]
         atomic_write(self._path, "\n".join(rows) + "\n")
         self._file = self._path.open("a", encoding="utf-8", newline="")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=generation + 1)
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._in_thread
 
     def write(self, metrics: Metrics) -> None:
         """Append one generation."""
@@ -77,12 +81,20 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+            self._board.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread. What it meets on a full disk this thread meets too, and reports it.
+        if not issubclass(failed.exc_type, OSError):
+            self._excepthook(failed)
 
 
-def _before(row: str, generation: int) -> bool:
-    first, complete = row.split(",")[0], row.count(",") == len(COLUMNS) - 1
+def _before(line: str, generation: int) -> bool:
+    first, complete = line.split(",")[0], line.endswith("\n") and line.count(",") == len(COLUMNS) - 1
     return complete and first.isdigit() and int(first) <= generation
 
 
@@ -172,6 +184,6 @@ class TerminalReporter:
 def _short(count: float) -> str:
     """A number in three or four characters: 950, 85.2k, 1.25M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
+        if count >= 0.9995 * size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"

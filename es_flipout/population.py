@@ -6,6 +6,7 @@ Letters: ``P`` members, ``n`` rows (chosen members), ``B`` rows of a block.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,25 +162,22 @@ class Selection:
         """
         if len(x) != self._size:
             raise ValueError(f"input must have {self._size} rows, got {len(x)}")
-        population, row_block = self._population, self._population.row_block
-        outputs = []
-        for rows, part in zip(self._blocks, x.split(row_block), strict=True):
-            missing = row_block - len(part)
-            if missing:
-                part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
-            for name, leaf in population._leaves.items():
-                leaf.place.perturbation, leaf.place.rows = population._perturbations[name], rows[name]
-            y = population._twin(part)
-            outputs.append(y[: row_block - missing] if missing else y)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return _in_blocks(self._forward_block, x, self._population.row_block)
+
+    def _forward_block(self, block: int, x: Tensor) -> Tensor:
+        population, rows = self._population, self._blocks[block]
+        for name, leaf in population._leaves.items():
+            leaf.place.perturbation, leaf.place.rows = population._perturbations[name], rows[name]
+        return population._twin(x)
 
 
 class Unperturbed:
     """A population of ``size`` members that are all the same module: to score the mean policy in many episodes at once."""
 
-    def __init__(self, module: nn.Module, size: int) -> None:
+    def __init__(self, module: nn.Module, size: int, row_block: int | None = None) -> None:
         self.module = module
         self.size = size
+        self.row_block = row_block if row_block is not None else row_block_for(module, size)
         self.device = next(module.parameters()).device
 
     def select(self, members: Tensor) -> Unperturbed:
@@ -192,4 +190,16 @@ class Unperturbed:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """``(n, ..., in)`` to ``(n, ..., out)``."""
-        return self.module(x)
+        return _in_blocks(lambda block, part: self.module(part), x, self.row_block)
+
+
+def _in_blocks(forward: Callable[[int, Tensor], Tensor], x: Tensor, row_block: int) -> Tensor:
+    """Rows through ``forward(block, rows)`` in blocks of exactly ``row_block``; the last is padded, and cut again."""
+    outputs = []
+    for block, part in enumerate(x.split(row_block)):
+        missing = row_block - len(part)
+        if missing:
+            part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+        y = forward(block, part)
+        outputs.append(y[: row_block - missing] if missing else y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -9,9 +9,10 @@ Letters: ``P`` members, ``E`` episodes of each, ``J = P * E`` jobs, ``S`` slots 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -25,6 +26,9 @@ from es_flipout.randomness import Address, Stream, integers
 
 # Observation statistics come from this many episodes of a generation at most: their mean is known long before that.
 _MOMENT_JOBS = 4096
+
+
+_Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # what BatchEnv.step returns
 
 
 class RolloutInterrupted(Exception):  # noqa: N818  (not an error: the caller asked for it)
@@ -161,19 +165,57 @@ def _run_alone(lane: _Lane, should_stop: Callable[[], bool] | None) -> None:
 
 
 def _run_overlapped(lanes: list[_Lane], should_stop: Callable[[], bool] | None) -> None:
-    """While the one thread steps an environment, this one serves the other; lanes take turns, so the order is fixed."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="physics") as physics:
-        pending: dict[_Lane, Future] = {}
-        for lane in lanes:
-            if lane.any_live:
-                pending[lane] = physics.submit(lane.env.step, lane.act(), lane.live_mask)
-        while pending:
+    """Every lane has a thread that steps its environment; this one serves the lanes in turn, so the order is fixed."""
+    steppers = [_Stepper(lane) for lane in lanes if lane.any_live]
+    try:
+        for stepper in steppers:
+            stepper.send()
+        waiting = steppers
+        while waiting:
             if should_stop is not None and should_stop():
                 raise RolloutInterrupted
-            for lane in list(pending):
-                lane.absorb(*pending.pop(lane).result())
-                if lane.any_live:
-                    pending[lane] = physics.submit(lane.env.step, lane.act(), lane.live_mask)
+            for stepper in waiting:
+                stepper.receive()
+                if stepper.lane.any_live:
+                    stepper.send()
+            waiting = [stepper for stepper in waiting if stepper.lane.any_live]
+    finally:
+        for stepper in steppers:
+            stepper.close()
+
+
+class _Stepper:
+    """Steps one lane's environment in a thread. Plain queues: a future costs as much as a small network."""
+
+    def __init__(self, lane: _Lane) -> None:
+        self.lane = lane
+        self._todo: SimpleQueue[Tensor | None] = SimpleQueue()
+        self._done: SimpleQueue[_Outcome | BaseException] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="physics", daemon=True)
+        self._thread.start()
+
+    def send(self) -> None:
+        """Begin the step that follows from the observations at hand."""
+        self._todo.put(self.lane.act())
+
+    def receive(self) -> None:
+        """Wait for the step and take it in."""
+        outcome = self._done.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        self.lane.absorb(*outcome)
+
+    def close(self) -> None:
+        """End the thread, after the step that it may be in."""
+        self._todo.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (action := self._todo.get()) is not None:
+            try:
+                self._done.put(self.lane.env.step(action, self.lane.live_mask))
+            except BaseException as error:
+                self._done.put(error)
 
 
 class _Jobs:

@@ -17,8 +17,9 @@ from torch import Tensor
 from es_flipout.agent import Agent
 from es_flipout.checkpoint import Progress, atomic_write, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from es_flipout.config import TrainConfig
-from es_flipout.envs import BatchEnv, make_env
-from es_flipout.envs.base import EnvironmentFailureError
+from es_flipout.envs import BatchEnv, EnvironmentFailureError, make_env, native_env_ids
+from es_flipout.envs.make import NAMESPACE
+from es_flipout.envs.mujoco_cpu import usable_cores
 from es_flipout.errors import UserError
 from es_flipout.evaluate import Evaluation
 from es_flipout.metrics import Metrics, MetricsLog, Reporter, Silent
@@ -63,6 +64,9 @@ class Trainer:
         self.envs = make_lanes(config)
         first = self.envs[0]
         self.agent = Agent(config, first.observation_space, first.action_space)
+        self.row_block = config.row_block or row_block_for(
+            self.agent.module, -(-sum(env.num_envs for env in self.envs) // 2)
+        )
         self.strategy = EvolutionStrategy(
             self.agent.module,
             config.population_size,
@@ -75,12 +79,13 @@ class Trainer:
             antithetic=config.antithetic,
             seed=config.seed,
             device=self.device,
-            row_block=config.row_block or row_block_for(self.agent.module, -(-sum(e.num_envs for e in self.envs) // 2)),
+            row_block=self.row_block,
         )
         score_members = torch.arange(config.score_episodes)
         self._score_seeds = integers(Address(config.seed, _SCORE_GENERATION), Stream.START_STATE, score_members)
         self._progress = Progress(generation=0, env_steps=0, wall_s=0.0, score=None)
         self._warned_nan = False
+        self._failure: EnvironmentFailureError | None = None
 
     @property
     def progress(self) -> Progress:
@@ -96,6 +101,11 @@ class Trainer:
         """Train to the end of the run or until interrupted; then everything is on disk."""
         log = None if self.run_dir is None else MetricsLog(self.run_dir, self._progress.generation)
         with _signals(self._stop), self.reporter:
+            if self.envs[0].max_episode_steps is None:
+                self.reporter.say(
+                    f"warning: {self.config.env_id} has no time limit, so an episode may never end; give it one with "
+                    """--env-kwargs '{"max_episode_steps": 1000}'"""
+                )
             try:
                 while not (self.finished or self.interrupted):
                     started = time.perf_counter()
@@ -104,6 +114,8 @@ class Trainer:
                     metrics = self._account(rollout, seconds, started)
                     if log is not None:
                         log.write(metrics)
+                    if self._failure is not None:
+                        raise self._failure
                     if self.finished or metrics.generation % self.config.checkpoint_every == 0:
                         self.save()
                     self.reporter.show(metrics, self._fraction())
@@ -143,7 +155,7 @@ class Trainer:
     def score(self) -> float:
         """Mean return of the mean policy over the scoring episodes, whose start states are the same every time."""
         rollout = run(
-            Unperturbed(self.strategy.mean_module(), self.config.score_episodes),
+            Unperturbed(self.strategy.mean_module(), self.config.score_episodes, self.row_block),
             self.envs,
             observation_norm=self.agent.norm,
             action_map=self.agent.action_map,
@@ -163,7 +175,10 @@ class Trainer:
         self._progress = Progress(generation, env_steps, before.wall_s + seconds, before.score)
         score = None
         if generation % config.score_every == 0 or self.finished:
-            score = self.score()
+            try:
+                score = self.score()
+            except EnvironmentFailureError as error:
+                self._failure = error  # raised when the generation, which is done, is in the log
         wall_s = before.wall_s + time.perf_counter() - started
         self._progress = Progress(generation, env_steps, wall_s, before.score if score is None else score)
         if rollout.nan_returns and not self._warned_nan:
@@ -220,7 +235,10 @@ class Trainer:
             return
         tensors = self._tensors()
         save_checkpoint(self.run_dir / "checkpoints", tensors, self._progress, self.config.keep_checkpoints)
-        save_tensors(self.run_dir / "policy.safetensors", self.trained_agent().state_dict())
+        self._save_policy(self.run_dir)
+
+    def _save_policy(self, run_dir: Path) -> None:
+        save_tensors(run_dir / "policy.safetensors", self.trained_agent().state_dict())
 
     @classmethod
     def resume(cls, run_dir: Path, reporter: Reporter | None = None) -> Trainer:
@@ -233,6 +251,7 @@ class Trainer:
         tensors, progress = load_checkpoint(run_dir / "checkpoints")
         trainer = cls(config, run_dir, reporter)
         trainer._load(tensors, progress)
+        trainer._save_policy(run_dir)  # the run may have died between its checkpoint and its policy
         return trainer
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -283,7 +302,7 @@ def read_config(run_dir: Path) -> TrainConfig:
         raise UserError(f"{run_dir} is not a run directory: it has no config.json")
     try:
         return TrainConfig.from_json(path.read_text(encoding="utf-8"))
-    except UserError as error:
+    except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -321,13 +340,17 @@ def make_lanes(config: TrainConfig) -> list[BatchEnv]:
     """The environments: two halves where physics and policy are to overlap, else one batch."""
     kwargs = config.parsed_env_kwargs()
     jobs = config.population_size * config.episodes
-    probe = make_env(config.env_id, 1, threads=config.threads, **kwargs)
-    backend = probe.backend
-    probe.close()
+    backend = native_env_ids().get(config.env_id.removeprefix(NAMESPACE), "gymnasium")
     slots = config.slots if config.slots is not None else min(jobs, _MOST_SLOTS[backend])
-    if backend != "mujoco" or not config.overlap or slots < 2:
+    cores = usable_cores()
+    # On two cores the policy only takes from the physics what the overlap gives (results/LOG.md).
+    overlap = config.overlap if config.overlap is not None else cores > 2
+    if backend != "mujoco" or not overlap or slots < 2:
         return [make_env(config.env_id, slots, threads=config.threads, **kwargs)]
-    return [make_env(config.env_id, n, threads=config.threads, **kwargs) for n in (slots - slots // 2, slots // 2)]
+    # Each half has its share of the threads: two batches that compete for all cores wait for each other at every step.
+    threads = config.threads if config.threads is not None else cores
+    halves = [(slots - slots // 2, threads - threads // 2), (slots // 2, max(threads // 2, 1))]
+    return [make_env(config.env_id, n, threads=share, **kwargs) for n, share in halves]
 
 
 def _device(name: str) -> torch.device:
