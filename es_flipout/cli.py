@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -214,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(_COMMANDS)}"
             raise UserError(f"unknown command {arguments[0]!r}: {hint}")
         return _COMMANDS[arguments[0]][0](arguments[1:])
+    except BrokenPipeError:  # the reader, head for instance, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
     except (UserError, OSError) as error:
         return _fail(error)
     except KeyboardInterrupt:
@@ -272,14 +276,14 @@ def _refuse_unknown_options(arguments: Sequence[str]) -> None:
 
 
 def _one_line(box: str) -> str:
-    """The text of tyro's error box without its frame."""
-    lines = [line.strip("│|╭╮╰╯─+-= ") for line in box.splitlines()]
+    """The text of tyro's error box without its title and frame (which may be ASCII)."""
     kept: list[str] = []
-    for line in lines:
-        if (not line and kept) or line.startswith("For full helptext"):
+    for line in box.splitlines()[1:]:
+        text = line.strip("│|╭╮╰╯ ")
+        if text.startswith("For full helptext"):
             break
-        if line and not line.lower().startswith(("parsing error", "unrecognized options ─")):
-            kept.append(line)
+        if text.strip("─-+="):
+            kept.append(text)
     return " ".join(kept) or "the options could not be read"
 
 

@@ -85,7 +85,6 @@ class Trainer:
         self._score_seeds = integers(Address(config.seed, _SCORE_GENERATION), Stream.START_STATE, score_members)
         self._progress = Progress(generation=0, env_steps=0, wall_s=0.0, score=None)
         self._warned_nan = False
-        self._failure: EnvironmentFailureError | None = None
 
     @property
     def progress(self) -> Progress:
@@ -101,29 +100,23 @@ class Trainer:
         """Train to the end of the run or until interrupted; then everything is on disk."""
         log = None if self.run_dir is None else MetricsLog(self.run_dir, self._progress.generation)
         with _signals(self._stop), self.reporter:
-            if self.envs[0].max_episode_steps is None:
-                self.reporter.say(
-                    f"warning: {self.config.env_id} has no time limit, so an episode may never end; give it one with "
-                    """--env-kwargs '{"max_episode_steps": 1000}'"""
-                )
             try:
                 while not (self.finished or self.interrupted):
                     started = time.perf_counter()
-                    rollout = self.generation()
+                    try:
+                        rollout = self.generation()
+                    except EnvironmentFailureError:
+                        self.save()
+                        raise
                     seconds = time.perf_counter() - started
                     metrics = self._account(rollout, seconds, started)
                     if log is not None:
                         log.write(metrics)
-                    if self._failure is not None:
-                        raise self._failure
                     if self.finished or metrics.generation % self.config.checkpoint_every == 0:
                         self.save()
                     self.reporter.show(metrics, self._fraction())
             except RolloutInterrupted:
                 pass
-            except EnvironmentFailureError:
-                self.save()
-                raise
             finally:
                 if log is not None:
                     log.close()
@@ -175,10 +168,7 @@ class Trainer:
         self._progress = Progress(generation, env_steps, before.wall_s + seconds, before.score)
         score = None
         if generation % config.score_every == 0 or self.finished:
-            try:
-                score = self.score()
-            except EnvironmentFailureError as error:
-                self._failure = error  # raised when the generation, which is done, is in the log
+            score = self.score()
         wall_s = before.wall_s + time.perf_counter() - started
         self._progress = Progress(generation, env_steps, wall_s, before.score if score is None else score)
         if rollout.nan_returns and not self._warned_nan:

@@ -329,7 +329,7 @@ def test_help_of_an_environment_shows_its_preset(capsys: pytest.CaptureFixture[s
             ["train", "CartPole-v1", "--population-size", "7"],
             r"population-size must be even \(antithetic pairs\), got 7",
         ),
-        (["train", "CartPole-v1", "--popsize", "8"], r"Unrecognized options: --popsize"),
+        (["train", "CartPole-v1", "--popsize", "8"], r"unrecognized option --popsize"),
         (["trian", "CartPole-v1"], r"unknown command 'trian': did you mean train\?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -284,7 +284,7 @@ def test_slots_do_not_change_the_score(config: TrainConfig) -> None:
 
 
 def test_threads_and_overlap_do_not_change_a_run(tmp_path: Path) -> None:
-    config = dataclasses.replace(HOPPER, row_block=16)
+    config = dataclasses.replace(HOPPER, row_block=16, overlap=True)
     plain = train(dataclasses.replace(config, overlap=False), tmp_path / "plain")
     overlapped = train(config, tmp_path / "overlapped")
     threads = train(dataclasses.replace(config, threads=2), tmp_path / "threads")
