@@ -20,8 +20,8 @@ UNBOUNDED = Box(-np.inf, np.inf, (2,), np.float32)
 
 def test_mlp_layers_and_start() -> None:
     network = MLP(5, 3, hidden=(8, 4), activation="relu")
-    assert [type(layer).__name__ for layer in network.layers] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
-    first, second, last = (layer for layer in network.layers if isinstance(layer, nn.Linear))
+    first, second, last = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    assert [tuple(layer.weight.shape) for layer in (first, second, last)] == [(8, 5), (4, 8), (3, 4)]
     torch.testing.assert_close(first.weight.T @ first.weight, torch.eye(5), atol=1e-5, rtol=0)
     torch.testing.assert_close(second.weight @ second.weight.T, torch.eye(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(last.weight @ last.weight.T, 0.01 * torch.eye(3), atol=1e-6, rtol=0)
@@ -30,16 +30,16 @@ def test_mlp_layers_and_start() -> None:
 
 def test_mlp_computes_what_it_says() -> None:
     network = MLP(3, 2, hidden=(4,), activation="tanh")
-    first, last = network.layers[0], network.layers[2]
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
+    first, last = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
     x = torch.randn(6, 3)
     expected = np.tanh(x.numpy() @ first.weight.detach().numpy().T) @ last.weight.detach().numpy().T
     np.testing.assert_allclose(network(x).detach().numpy(), expected, atol=1e-6)
 
 
 def test_mlp_without_hidden_layers_is_linear() -> None:
-    assert [type(layer).__name__ for layer in MLP(3, 2, hidden=()).layers] == ["Linear"]
+    network, x = MLP(3, 2, hidden=()), torch.randn(4, 3)
+    ((weight, bias),) = [(layer.weight, layer.bias) for layer in network.modules() if isinstance(layer, nn.Linear)]
+    torch.testing.assert_close(network(x), x @ weight.T + bias)
 
 
 def test_mlp_start_follows_its_generator_alone() -> None:
@@ -55,10 +55,13 @@ def test_mlp_start_follows_its_generator_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("tanh", "Tanh"), ("relu", "ReLU"), ("elu", "ELU"), ("silu", "SiLU"), ("gelu", "GELU")]
+    ("name", "activation"),
+    [("tanh", nn.Tanh()), ("relu", nn.ReLU()), ("elu", nn.ELU()), ("silu", nn.SiLU()), ("gelu", nn.GELU())],
 )
-def test_activations(name: Any, kind: str) -> None:
-    assert type(MLP(2, 1, hidden=(3,), activation=name).layers[1]).__name__ == kind
+def test_activations(name: Any, activation: nn.Module) -> None:
+    network, x = MLP(2, 1, hidden=(3,), activation=name), torch.randn(8, 2)
+    first, last = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    torch.testing.assert_close(network(x), last(activation(first(x))))
 
 
 def test_unknown_activation() -> None:
