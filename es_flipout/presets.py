@@ -105,8 +105,9 @@ def _inverted_double_pendulum(env_id: str) -> TrainConfig:
         policy="linear",
         population_size=64,
         sigma=0.05,
+        sigma_final=0.02,
         learning_rate=0.02,
-        learning_rate_final=0.003,
+        learning_rate_final=0.0005,
         remove_alive_bonus=False,
     )
 
