@@ -1,0 +1,29 @@
+"""The README says what the results say, and its example runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "readme.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run python scripts/readme.py"
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+def test_example_learns() -> None:
+    names: dict[str, object] = {}
+    exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0].replace("range(100)", "range(30)"), names)
+    trained, x, y = names["trained"], names["x"], names["y"]
+    error = float((trained(x) - y).square().mean())  # type: ignore[operator]
+    assert error < float(y.square().mean())  # type: ignore[attr-defined]
