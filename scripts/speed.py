@@ -20,27 +20,36 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one rollout measurement")
+    parser.add_argument("--env-ids", nargs="+", default=["HalfCheetah-v5", "Humanoid-v5"])
+    parser.add_argument("--populations", nargs="+", type=int, default=[128, 256, 512])
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     if not options.render:
-        measure(options.out, options.rounds, options.seconds)
+        measure(options)
     (options.out / "table.md").write_text(rollout_table(options.out) + "\n" + forward_tables(options.out))
     (options.out / "sentence.md").write_text(sentence(options.out))
 
 
-def measure(out: Path, rounds: int, seconds: float) -> None:
+def measure(options: argparse.Namespace) -> None:
     """Run both benchmarks."""
     from _runs import write_environment
     from rich.console import Console
 
     from es_flipout.bench import forward, rollout
 
+    out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    rollout.run(
-        rollout.RolloutBench(rounds=rounds, seconds=seconds, gymnasium=True, json=out / "rollout.json"), console
+    training = rollout.RolloutBench(
+        env_ids=tuple(options.env_ids),
+        populations=tuple(options.populations),
+        rounds=options.rounds,
+        seconds=options.seconds,
+        gymnasium=True,
+        json=out / "rollout.json",
     )
-    forward.run(forward.ForwardBench(rounds=rounds, json=out / "forward.json"), console)
+    rollout.run(training, console)
+    forward.run(forward.ForwardBench(rounds=options.rounds, json=out / "forward.json"), console)
     write_environment(out)
 
 
