@@ -16,7 +16,7 @@ from _runs import Job, default_processes, one_thread, read_csv, run_all
 
 from es_flipout.presets import preset
 
-BUDGETS = {"Pendulum-v1": 600_000, "Swimmer-v5": 800_000, "HalfCheetah-v5": 1_000_000}
+BUDGETS = {"Pendulum-v1": 1_500_000, "Swimmer-v5": 1_500_000, "HalfCheetah-v5": 3_000_000}
 FAMILIES: dict[str, dict[str, object]] = {
     "flipout rademacher": {"perturbation": "flipout", "base": "rademacher", "bases": 1},
     "flipout gaussian M=1": {"perturbation": "flipout", "base": "gaussian", "bases": 1},
