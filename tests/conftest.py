@@ -11,6 +11,8 @@ from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 
 # Helpers that lie beside the tests can be imported by their own name, also with --import-mode=importlib.
 sys.path.append(str(Path(__file__).parent))
+# So can what the scripts share.
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 # More than one intra-op thread can stall at every barrier on small machines.
 torch.set_num_threads(1)
