@@ -294,8 +294,10 @@ def _numbered(name: str, level: str, splits: Iterable[list[str]], size: int, sou
         kept = [*kept[: size - 1], UNKNOWN]
     index = {symbol: i for i, symbol in enumerate(kept)}
     unknown = index.get(UNKNOWN, 0)
-    numbers = [torch.tensor([index.get(symbol, unknown) for symbol in split], dtype=torch.int64) for split in splits]
-    return Text(name, level, *numbers, tuple(kept), source)
+    train, valid, test = (
+        torch.tensor([index.get(symbol, unknown) for symbol in split], dtype=torch.int64) for split in splits
+    )
+    return Text(name, level, train, valid, test, tuple(kept), source)
 
 
 # Files
