@@ -25,12 +25,13 @@ _HOME = {
     "Dense": "es_flipout.perturbations",
     "UserError": "es_flipout.errors",
 }
-_MODULES = ("envs", "policies")
+_MODULES = ("envs", "nn", "policies")
 
 __all__ = ["__version__", *sorted(_HOME), *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from es_flipout import envs as envs
+    from es_flipout import nn as nn
     from es_flipout import policies as policies
     from es_flipout.envs import make_env as make_env
     from es_flipout.errors import UserError as UserError

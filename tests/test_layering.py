@@ -13,6 +13,7 @@ ORDER = (
     "config",
     "presets",
     "randomness",
+    "nn",
     "perturbations.base",
     "perturbations.dense",
     "perturbations.flipout",
@@ -36,7 +37,7 @@ ORDER = (
     "bench",  # with its sub-modules, which may import one another
     "cli",
 )
-WHOLE_PACKAGES = ("layers", "bench")
+WHOLE_PACKAGES = ("nn", "layers", "bench")
 TORCH_FREE = ("", "errors", "config", "presets", "cli")
 GYMNASIUM_FREE = ("", "errors", "config", "presets")
 
