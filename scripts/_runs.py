@@ -7,7 +7,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from es_flipout.config import TrainConfig
+from es_flipout.errors import UserError
 
 ROW_COLUMNS = (
     "name",
@@ -103,8 +105,8 @@ def run_all(jobs: Iterable[Job], out: Path, processes: int) -> None:
         futures = [pool.submit(train_and_score, job) for job in todo]
         for future in as_completed(futures):
             row, curve = future.result()
-            _append(out / "curves.csv", CURVE_COLUMNS, curve)
-            _append(out / "runs.csv", ROW_COLUMNS, [row])
+            append_csv(out / "curves.csv", CURVE_COLUMNS, curve)
+            append_csv(out / "runs.csv", ROW_COLUMNS, [row])
             print(f"{row['name']} seed {row['seed']}: {row['mean_return']:,.1f} in {row['train_s']} s", flush=True)
     write_environment(out)
 
@@ -134,10 +136,20 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _append(path: Path, columns: tuple[str, ...], rows: list[dict[str, object]]) -> None:
+def append_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, object]]) -> None:
+    """Add rows to a CSV file, which begins with a header."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run the script; what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
