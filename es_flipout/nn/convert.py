@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Generator, nn
 
@@ -25,16 +25,18 @@ TWINS: dict[type[nn.Module], type[NoisyLayer]] = {
     nn.RNN: FlipoutRNN,
 }
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 def flipout(
-    module: nn.Module,
+    module: Module,
     noise: Noise,
     estimator: Estimator = "flipout",
     *,
     keep: Iterable[str | type[nn.Module]] = (),
     recurrent_only: bool = False,
     generator: Generator | None = None,
-) -> nn.Module:
+) -> Module:
     """A copy of ``module`` whose Linear, Conv1d/2d/3d, LSTM, GRU and RNN layers have weight noise while training.
 
     Weights, tied weights, hooks, mode and state-dict names are kept. Layers whose parameters are all vectors (norms, PReLU) and
@@ -83,7 +85,7 @@ def flipout(
         except UserError as error:
             raise UserError(f"{name or 'module'}: {error}") from None
 
-    return converted(copy.deepcopy(module), "")
+    return cast("Module", converted(copy.deepcopy(module), ""))
 
 
 def as_flipout(

@@ -25,6 +25,8 @@ States = tuple[Tensor, ...]
 class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
     """Same inputs, states and outputs as the twin, except packed sequences.
 
+    ``torch.compile`` steps around recurrent layers, torch.nn's too, unless ``torch._dynamo.config.allow_rnn`` is True.
+
     Args:
         *args: those of the twin.
         noise: distribution of the weights.
@@ -122,6 +124,7 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
         if hidden_bias is not None and not self.hidden_bias_in_cell:
             projected, hidden_bias = hidden_bias.added(projected, -1), None
         projection = sample.get(f"weight_hr_{name}")
+        states = tuple(state.to(projected.dtype) for state in states)  # as cuDNN under autocast
         steps = projected.unbind(1)
         outputs = []
         for step in reversed(steps) if name.endswith("_reverse") else steps:

@@ -314,7 +314,7 @@ def test_initial_state(case: Case) -> None:
     layer, twin, x = case.make(NOISES["additive"]), case.twin(), case.input()
     assert isinstance(layer, nn.RNNBase)
     rows = layer.num_layers * (2 if layer.bidirectional else 1)
-    states = [torch.randn(rows, 5, size, dtype=torch.float64) for size in layer.state_sizes()]
+    states = [torch.randn(rows, 5, size, dtype=torch.float64) for size in layer.state_sizes()]  # type: ignore[operator]
     sample = layer.sample(5)
     y, _ = layer(x, tuple(states) if len(states) > 1 else states[0], sample=sample)
     own = [state[:, 2:3].contiguous() for state in states]
@@ -337,8 +337,8 @@ def test_recurrent_only() -> None:
 
 def test_dropout_between_recurrent_layers() -> None:
     x = torch.randn(6, 5, 3)
-    layer = FlipoutLSTM(3, 4, 2, dropout=0.5, noise=NOISES["dropconnect"], generator=torch.Generator().manual_seed(0))
-    plain = FlipoutLSTM(3, 4, 2, noise=NOISES["dropconnect"])
+    layer = FlipoutLSTM(3, 4, 2, dropout=0.5, noise=NOISES["additive"], generator=torch.Generator().manual_seed(0))
+    plain = FlipoutLSTM(3, 4, 2, noise=NOISES["additive"])
     plain.load_state_dict(layer.state_dict())
     sample = layer.sample(5)
     outputs = torch.stack([layer(x, sample=sample)[0] for _ in range(400)])
@@ -364,13 +364,11 @@ def test_deep_inner_dimensions_share_the_weights_of_their_example() -> None:
 def test_half_precision_and_autocast(noise: Noise) -> None:
     for case, estimator in itertools.product(CASES.values(), ESTIMATORS):
         layer, x = case.make(noise, estimator).float(), case.input().float()
-        twin = case.twin().float()
         sample = layer.sample(5)
         exact = output(layer(x, sample=sample))
         with torch.autocast("cpu", torch.bfloat16):
             y = output(layer(x, sample=sample))
-            dtype = output(twin(x)).dtype
-        assert y.dtype == dtype
+        assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.15)
         y.float().sum().backward()
         half = layer.to(torch.bfloat16)
@@ -381,14 +379,16 @@ def test_half_precision_and_autocast(noise: Noise) -> None:
 
 @pytest.mark.parametrize("name", ["linear-time", "conv2d-depthwise", "lstm", "gru"])
 @pytest.mark.parametrize("estimator", ["flipout", "independent"])
-def test_compiles_into_one_graph(name: str, estimator: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_into_one_graph(name: str, estimator: Estimator) -> None:
     case = CASES[name]
     layer = case.make(NOISES["additive"], estimator)
     layer.generator = None
-    x = case.input()
     # Dynamo follows recurrent layers, torch.nn's too, only when told so.
-    monkeypatch.setattr("torch._dynamo.config.allow_rnn", True)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(allow_rnn=True):  # type: ignore[attr-defined]
+        compare_compiled(layer, torch.compile(layer, backend="aot_eager", fullgraph=True), case.input())
+
+
+def compare_compiled(layer: nn.Module, compiled: Any, x: Tensor) -> None:
     torch.manual_seed(3)
     expected = output(layer(x))
     expected.sum().backward()
