@@ -151,7 +151,7 @@ def recurrent(text: Any, protocol: Protocol, length: int = 16) -> Net:
         optimizer.step()
     return Net(
         "LSTM",
-        f"2 layers of 48 units, {length} characters, {text.name}, {float(value.detach()) / math.log(2):.2f} bits per character"
+        f"2 layers of 48 units, {length} characters, {text.name}, {float(value.detach()) / math.log(2):.2f} bits per character",
         module,
         loss,
         len(symbols) - length,
@@ -232,8 +232,8 @@ def measure(net: Net, protocol: Protocol, out: Path) -> None:
         for layer, value in variances(net, protocol.alpha_batch, protocol.alpha_draws // 5).items():
             scaled = value * protocol.alpha_batch
             append(out / "runs.csv", [row(net, layer, "independent", "alpha", protocol.alpha_batch, repeat, scaled)])
-    estimator: Estimator
-    for estimator, what in (("flipout", "gamma"), ("shared", "beta+gamma")):
+    in_common: tuple[tuple[Estimator, str], ...] = (("flipout", "gamma"), ("shared", "beta+gamma"))
+    for estimator, what in in_common:
         use(net.module, estimator)
         for layer, values in half_covariance(net, protocol.half_batch, protocol.half_draws).items():
             for repeat, value in enumerate(values):
@@ -279,7 +279,8 @@ def collected(out: Path) -> tuple[Curves, Constants, list[str]]:
 def slope(curve: dict[int, tuple[float, float]], smallest: int = 1) -> float:
     """Of log variance against log batch size, by least squares."""
     points = [(math.log(batch), math.log(value)) for batch, (value, _) in curve.items() if batch >= smallest]
-    return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) > 1 else math.nan
+    x, y = np.array(points).reshape(-1, 2).T
+    return float(np.polyfit(x, y, 1)[0]) if len(points) > 1 else math.nan
 
 
 def predicted(constants: Constants, layer: str, estimator: str, batch: int) -> float:
@@ -382,6 +383,7 @@ def figure(out: Path) -> None:
                 grid = np.geomspace(1, max(batches), 60)
                 line = [predicted(constants, layer, estimator, n) for n in grid]
                 axis.plot(grid, line, color=COLORS[estimator], lw=1)
+        batches = list(curves[layer, "flipout"])
         axis.plot(batches, [constants[layer, "alpha"][0] / n for n in batches], "k:", lw=1, label="alpha / N")
         axis.set(xscale="log", yscale="log", title=layer)
         axis.set_xlabel("batch size N")
