@@ -1,0 +1,277 @@
+"""Tables 2 and 3 of the Flipout paper: language models with weight noise on the hidden-to-hidden matrices.
+
+python scripts/paper_language_models.py --out results/paper_language_models_<hardware>_<yyyy-mm>
+python scripts/paper_language_models.py --out ... --quick      # under a minute
+python scripts/paper_language_models.py --out ... --render     # only table.md and figure.png again
+
+A character LSTM with multiplicative Gaussian noise (sigma = 1; AMSGrad, orthogonal start, clipping at 1) and a word LSTM of two
+layers with DropConnect (p = .5; SGD whose step is divided by 4 when validation gets worse, clipping at .25), each without noise,
+with one noise sample for the batch, and with flipout. The noise is the only regulariser, and new for each batch. The epoch with
+the best validation counts.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from _data import Text, load_text
+from _paper import append, begin, options_of, read_config
+from _runs import read_csv
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from es_flipout.nn import DropConnect, Estimator, MultiplicativeGaussian, Noise, flipout
+
+VARIANTS: dict[str, Estimator | None] = {"unregularized": None, "noise, shared": "shared", "noise, flipout": "flipout"}
+NOISES: dict[str, Noise] = {"character": MultiplicativeGaussian(sigma=1.0), "word": DropConnect()}
+COLORS = {"unregularized": "0.5", "noise, shared": "C3", "noise, flipout": "C0"}
+PAPER = {
+    "character": {
+        "unregularized": ("1.468", "1.423"),
+        "noise, shared": ("1.257", "1.230"),
+        "noise, flipout": ("1.256", "1.227"),
+    },
+    "word": {
+        "unregularized": ("132.23", "128.97"),
+        "noise, shared": ("78.82", "75.71"),
+        "noise, flipout": ("76.88", "73.20"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model and its training; the paper's figures in ``paper``."""
+
+    level: Literal["character", "word"]
+    units: int
+    layers: int
+    embedding: int
+    vocabulary: int
+    length: int
+    batch: int
+    train_symbols: int
+    test_symbols: int
+    epochs: int
+    learning_rate: float
+    clip: float
+    paper: str
+
+
+MODELS = (
+    Model(
+        "character", 128, 1, 64, 128, 50, 32, 160_000, 40_000, 12, 0.002, 1.0, "1 layer of 1000, 100 symbols, batch 32"
+    ),
+    Model(
+        "word",
+        96,
+        2,
+        96,
+        2000,
+        35,
+        20,
+        60_000,
+        15_000,
+        12,
+        20.0,
+        0.25,
+        "2 layers of 650, 35 symbols, batch 40, 100 epochs",
+    ),
+)
+QUICK = (
+    Model("character", 24, 1, 16, 128, 20, 16, 3200, 2000, 2, 0.002, 1.0, ""),
+    Model("word", 16, 2, 16, 200, 15, 10, 1500, 1000, 2, 5.0, 0.25, ""),
+)
+SEEDS = 2
+
+
+class LanguageModel(nn.Module):
+    """Embedding, LSTM, linear."""
+
+    def __init__(self, model: Model, symbols: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(symbols, model.embedding)
+        self.lstm: nn.Module = nn.LSTM(model.embedding, model.units, model.layers)
+        self.head = nn.Linear(model.units, symbols)
+        for name, parameter in self.lstm.named_parameters():
+            if "weight_hh" in name and model.level == "character":
+                for gate in parameter.detach().chunk(4):
+                    nn.init.orthogonal_(gate)
+
+    def forward(self, symbols: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """``(time, batch)`` to logits ``(time, batch, symbols)`` and the state."""
+        y, state = self.lstm(self.embed(symbols), state)
+        return self.head(y), state
+
+
+def columns(symbols: Tensor, batch: int) -> Tensor:
+    """The text in ``batch`` columns, ``(time, batch)``."""
+    time_ = len(symbols) // batch
+    return symbols[: time_ * batch].view(batch, time_).T.contiguous()
+
+
+def score(net: LanguageModel, symbols: Tensor, model: Model) -> float:
+    """Mean negative log-likelihood in nats with the mean weights."""
+    text = columns(symbols[: model.test_symbols], 10)
+    net.eval()
+    total, state = 0.0, None
+    with torch.no_grad():
+        for start in range(0, len(text) - 1, model.length):
+            x = text[start : start + model.length + 1]
+            logits, state = net(x[:-1], state)
+            total += float(F.cross_entropy(logits.flatten(0, 1), x[1:].flatten(), reduction="sum"))
+    net.train()
+    return total / (len(text) - 1) / 10
+
+
+def shown(level: str, nats: float) -> float:
+    """Bits per character, perplexity per word."""
+    return nats / math.log(2) if level == "character" else math.exp(nats)
+
+
+def train(model: Model, variant: str, seed: int, text: Text, out: Path) -> None:
+    """One run: epochs to ``curves.csv``, the best epoch to ``runs.csv``."""
+    torch.manual_seed(seed)
+    net = LanguageModel(model, len(text.vocabulary))
+    if estimator := VARIANTS[variant]:
+        net.lstm = flipout(net.lstm, NOISES[model.level], estimator, recurrent_only=True)
+    word = model.level == "word"
+    optimizer = (
+        torch.optim.SGD(net.parameters(), model.learning_rate)
+        if word
+        else torch.optim.Adam(net.parameters(), model.learning_rate, amsgrad=True)
+    )
+    train_text = columns(text.train[: model.train_symbols], model.batch)
+    name = {"level": model.level, "variant": variant, "seed": seed}
+    best, best_test = math.inf, math.inf
+    start_time = time.perf_counter()
+    for epoch in range(1, model.epochs + 1):
+        state = None
+        losses = []
+        for start in range(0, len(train_text) - model.length, model.length):
+            x = train_text[start : start + model.length + 1]
+            logits, state = net(x[:-1], state)
+            state = tuple(s.detach() for s in state)
+            loss = F.cross_entropy(logits.flatten(0, 1), x[1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), model.clip)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        valid = score(net, text.valid, model)
+        curve = {"train": statistics.mean(losses), "valid": valid}
+        append(out / "curves.csv", [{**name, "epoch": epoch, **{k: shown(model.level, v) for k, v in curve.items()}}])
+        if valid < best:
+            best, best_test = valid, score(net, text.test, model)
+        elif word:
+            for group in optimizer.param_groups:
+                group["lr"] /= 4
+    seconds = time.perf_counter() - start_time
+    values = {"valid": shown(model.level, best), "test": shown(model.level, best_test), "seconds": round(seconds, 1)}
+    append(out / "runs.csv", [{**name, **values}])
+    print(f"{model.level} {variant} seed {seed}: {values}", flush=True)
+
+
+def table(out: Path) -> str:
+    """The paper's tables with ours beside them, in Markdown."""
+    config: Any = read_config(out)
+    rows = read_csv(out / "runs.csv")
+    seeds = len({row["seed"] for row in rows})
+    lines = [
+        f"Ours: {config['text']}; mean of {seeds} seeds (± half their range). The paper: Penn Treebank, single runs.",
+        "",
+    ]
+    for model in config["models"]:
+        level = model["level"]
+        unit, noise = (
+            ("bits per character", "multiplicative Gaussian, sigma = 1")
+            if level == "character"
+            else (
+                "perplexity",
+                "DropConnect, p = .5",
+            )
+        )
+        lines += [
+            f"**{level.capitalize()} level, {unit}** (lower is better; noise: {noise}, on hidden-to-hidden matrices)",
+            "",
+            f"Ours: {model['layers']} layer(s) of {model['units']}, {model['length']} symbols, batch {model['batch']}, "
+            f"{config['symbols'][level]:,} different symbols, {model['train_symbols']:,} for training, {model['epochs']} epochs; "
+            f"nothing but this noise. The paper: {model['paper']}"
+            + (", and further dropout in the two rows with noise." if level == "word" else "."),
+            "",
+            "| model | ours: valid | ours: test | paper (Penn Treebank): valid | paper (Penn Treebank): test |",
+            "|---|---|---|---|---|",
+        ]
+        for variant in VARIANTS:
+            own = [row for row in rows if (row["level"], row["variant"]) == (level, variant)]
+            if own:
+                cells = []
+                for split in ("valid", "test"):
+                    values = [float(row[split]) for row in own]
+                    digits = 3 if level == "character" else 1
+                    cells.append(f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}")
+                lines.append(f"| {variant} | {' | '.join((*cells, *PAPER[level][variant]))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def figure(out: Path) -> None:
+    """Training (dashed) and validation against epochs, mean over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_csv(out / "curves.csv")
+    levels = list(dict.fromkeys(row["level"] for row in rows))
+    fig, axes = plt.subplots(1, len(levels), figsize=(5 * len(levels), 3.6), squeeze=False)
+    for axis, level in zip(axes.flat, levels, strict=True):
+        for variant in VARIANTS:
+            own = [row for row in rows if (row["level"], row["variant"]) == (level, variant)]
+            epochs = sorted({int(row["epoch"]) for row in own})
+            for split, style in (("valid", "-"), ("train", "--")):
+                means = [statistics.mean(float(r[split]) for r in own if int(r["epoch"]) == epoch) for epoch in epochs]
+                axis.plot(epochs, means, style, color=COLORS[variant], label=variant if split == "valid" else None)
+        axis.set(
+            title=f"{level} level",
+            xlabel="epoch",
+            ylabel="bits per character" if level == "character" else "perplexity",
+        )
+        if level == "word":
+            axis.set_yscale("log")
+    axes[0, 0].legend(fontsize=8, title="solid: validation, dashed: training", title_fontsize=8)
+    fig.tight_layout()
+    fig.savefig(out / "figure.png", dpi=110)
+    plt.close(fig)
+
+
+def main() -> None:
+    """Train, and write the tables and the figure."""
+    options = options_of(__doc__, texts=True).parse_args()
+    if not options.render:
+        torch.set_num_threads(1)
+        models = QUICK if options.quick else MODELS
+        texts = {m.level: load_text(options.text, options.data_dir, m.level, m.vocabulary) for m in models}
+        config = {
+            "text": texts["word"].source,
+            "symbols": {level: len(text.vocabulary) for level, text in texts.items()},
+            "models": [asdict(model) for model in models],
+            "noises": {level: repr(noise) for level, noise in NOISES.items()},
+        }
+        begin(options.out, config)
+        for seed in range(1 if options.quick else SEEDS):
+            for model in models:
+                for variant in VARIANTS:
+                    train(model, variant, seed, texts[model.level], options.out)
+    (options.out / "table.md").write_text(table(options.out))
+    figure(options.out)
+
+
+if __name__ == "__main__":
+    main()
