@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from es_flipout.layers import convert
-from es_flipout.perturbations import Family, LinearPerturbation, Members, Rows
+from es_flipout.errors import UserError
+from es_flipout.layers import Conversion, Weight, convert, stays_still
+from es_flipout.perturbations import Family, Fixed, Independent, Members, Perturbation
 from es_flipout.randomness import Address
 
 _MOST_ROWS = 1024
 _FEWEST_ROWS = 128
+_CALL_NUMBERS = 1 << 22
 _BLOCK_NUMBERS = 65536  # activations of one layer that stay in a core's cache, with what else a layer needs
 
 
@@ -54,17 +58,32 @@ class Population:
         self.generation = generation
         self.sigma = sigma
         self.row_block = row_block if row_block is not None else row_block_for(module, members.size)
-        self._module = module
-        self._twin, self._leaves = convert(module)
-        self._perturbations: dict[str, LinearPerturbation[Any]] = {}
-        for layer, name in enumerate(self._leaves):
-            linear = module.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            # Copies: the population stays what it was when the strategy moves the mean.
-            weight = linear.weight.detach().clone()
-            bias = None if linear.bias is None else linear.bias.detach().clone()
-            address = Address(seed, generation, layer)
-            self._perturbations[name] = family.linear(weight, bias, sigma, members, address)
+        # A copy: the population stays what it was when the strategy moves the mean.
+        self._module = copy.deepcopy(module)
+        self._conversion = convert(self._module)
+        self._perturbations = self._perturbed(family)
+
+    def _perturbed(self, family: Family) -> dict[str, Perturbation[Any]]:
+        """The perturbation of every parameter, by its name in the module."""
+        used_by_layers = {name for own in self._conversion.leaves.values() for name in own.values()}
+        perturbations: dict[str, Perturbation[Any]] = {}
+        counts: dict[tuple[str, bool], int] = {}  # of an owner's matrices and of its other parameters
+        owners: dict[str, int] = {}
+        for name, parameter in self._module.named_parameters():
+            owner = name.rpartition(".")[0]
+            number = owners.setdefault(owner, len(owners))
+            is_matrix = parameter.ndim > 1 and name in used_by_layers
+            count = counts[owner, is_matrix] = counts.get((owner, is_matrix), -1) + 1
+            address = Address(self.seed, self.generation, number | count << 16)
+            mean = parameter.detach()
+            if not parameter.requires_grad:
+                perturbations[name] = Fixed(mean, self.sigma, self.members, address)
+            elif is_matrix:
+                still = stays_still(self._module, parameter)
+                perturbations[name] = family.matrix(mean, self.sigma, self.members, address, still)
+            else:
+                perturbations[name] = Independent(mean, self.sigma, self.members, address)
+        return perturbations
 
     @property
     def device(self) -> torch.device:
@@ -75,23 +94,38 @@ class Population:
         return self.size
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """Forward of all members: ``(P, ..., in)`` to ``(P, ..., out)``, row ``n`` through member ``n``.
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward of all members: row ``n`` of every input through member ``n``, as ``member(n)(input[n])``.
+
+        Args:
+            inputs: what the module's forward takes; every tensor, also in lists, tuples and dictionaries, has a first
+                dimension of ``P`` more than the module expects. Use ``tensor.expand(P, ...)`` for what all members share.
+
+        Returns:
+            What the module's forward returns, every tensor with a first dimension of ``P``: ``(P, ..., in)`` to
+            ``(P, ..., out)`` for a module of linear layers.
 
         Raises:
-            ValueError: the leading dimension of ``x`` is not ``P``.
+            ValueError: the leading dimension of an input is not ``P``.
+            UserError: the module's forward does what cannot be computed for all members at once.
         """
-        if x.ndim < 2 or x.shape[0] != self.size:
-            raise ValueError(f"input must have shape (P, ..., in) with P = {self.size}, got {tuple(x.shape)}")
+        numbers = 1
+        for x in _tensors(inputs):
+            if x.ndim < 1 or x.shape[0] != self.size:
+                raise ValueError(f"input must have shape (P, ..., in) with P = {self.size}, got {tuple(x.shape)}")
+            numbers = max(numbers, x[0].numel())
+        # As many rows as a rollout has, but no more than the inputs of a few million numbers.
+        row_block = min(self.row_block, 1 << (max(_CALL_NUMBERS // numbers, 1).bit_length() - 1))
         outputs = []
-        for start in range(0, self.size, self.row_block):
-            members = torch.arange(start, min(start + self.row_block, self.size), device=self.device)
-            outputs.append(self.select(members)(x[start : start + self.row_block]))
-        return torch.cat(outputs)
+        for start in range(0, self.size, row_block):
+            members = torch.arange(start, min(start + row_block, self.size), device=self.device)
+            part = tree_map_only(Tensor, lambda x, at=start: x[at : at + row_block], inputs)
+            outputs.append(Selection(self, members, row_block)(*part))
+        return outputs[0] if len(outputs) == 1 else tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def select(self, members: Tensor) -> Selection:
         """A forward for the given members, ``(n,)`` int64 in [0, P), in the given order."""
-        return Selection(self, members)
+        return Selection(self, members, self.row_block)
 
     def member(self, n: int) -> nn.Module:
         """A copy of the module with the dense weights of member ``n``.
@@ -103,13 +137,8 @@ class Population:
             raise IndexError(f"member must be in [0, {self.size}), got {n}")
         module = copy.deepcopy(self._module)
         with torch.no_grad():
-            for name, perturbation in self._perturbations.items():
-                linear = module.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                weight, bias = perturbation.member(n)
-                linear.weight.copy_(weight)
-                if bias is not None:
-                    linear.bias.copy_(bias)
+            for name, parameter in module.named_parameters():
+                parameter.copy_(self._perturbations[name].member(n))
         return module
 
     def weighted_sum(self, u: Tensor) -> dict[str, Tensor]:
@@ -120,55 +149,100 @@ class Population:
         """
         if u.shape != (self.size,):
             raise ValueError(f"weights must have shape ({self.size},), got {tuple(u.shape)}")
-        sums: dict[str, Tensor] = {}
-        for name, perturbation in self._perturbations.items():
-            prefix = f"{name}." if name else ""
-            weight, bias = perturbation.weighted_sum(u)
-            sums[f"{prefix}weight"] = weight
-            if bias is not None:
-                sums[f"{prefix}bias"] = bias
-        return sums
+        return {name: perturbation.weighted_sum(u) for name, perturbation in self._perturbations.items()}
 
 
 class Selection:
     """Forward of ``n`` chosen members, whose signs and biases are laid out row by row; rows can be given other members."""
 
-    def __init__(self, population: Population, members: Tensor) -> None:
+    def __init__(self, population: Population, members: Tensor, row_block: int) -> None:
         self._population = population
         self._size = len(members)
-        self._blocks: list[dict[str, Rows]] = []
-        for part in members.split(population.row_block):
+        self._row_block = row_block
+        self._conversion = population._conversion
+        self._blocks = []
+        for part in members.split(row_block):
             # Padding repeats the last member: its rows are computed and dropped.
-            padded = torch.cat([part, part[-1:].expand(population.row_block - len(part))])
-            self._blocks.append(self._lay_out(padded))
-
-    def _lay_out(self, members: Tensor) -> dict[str, Rows]:
-        return {name: p.select(members) for name, p in self._population._perturbations.items()}
+            padded = torch.cat([part, part[-1:].expand(row_block - len(part))])
+            self._blocks.append(_Block(population, padded))
 
     def replace(self, rows: Tensor, members: Tensor) -> None:
         """From now on row ``rows[i]`` is member ``members[i]``; both ``(k,)`` int64."""
-        block_of, place = rows // self._population.row_block, rows % self._population.row_block
+        block_of, place = rows // self._row_block, rows % self._row_block
         for block in block_of.unique().tolist():
             chosen = block_of == block
-            for name, new in self._lay_out(members[chosen]).items():
-                self._blocks[block][name].put(place[chosen], new)
+            self._blocks[block].put(place[chosen], members[chosen])
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """``(n, ..., in)`` to ``(n, ..., out)``.
+    def __call__(self, *inputs: Any) -> Any:
+        """As :meth:`Population.__call__` with the chosen members: ``(n, ..., in)`` to ``(n, ..., out)``.
 
         Raises:
-            ValueError: ``x`` has another number of rows.
+            ValueError: an input has another number of rows.
         """
-        if len(x) != self._size:
-            raise ValueError(f"input must have {self._size} rows, got {len(x)}")
-        return _in_blocks(self._forward_block, x, self._population.row_block)
+        for x in _tensors(inputs):
+            if len(x) != self._size:
+                raise ValueError(f"input must have {self._size} rows, got {len(x)}")
+        return _in_blocks(self._forward_block, inputs, self._size, self._row_block)
 
-    def _forward_block(self, block: int, x: Tensor) -> Tensor:
-        population, rows = self._population, self._blocks[block]
-        for name, leaf in population._leaves.items():
-            leaf.place.perturbation, leaf.place.rows = population._perturbations[name], rows[name]
-        return population._twin(x)
+    def _forward_block(self, block: int, inputs: tuple[Any, ...]) -> Any:
+        here, conversion = self._blocks[block], self._conversion
+        if conversion.row_wise:
+            for leaf, weights in here.leaves:
+                leaf.place.weights = weights
+            return conversion.twin(*inputs)
+        return _member_by_member(conversion, here, inputs)
+
+
+class _Block:
+    """What the layers need of the members in the rows of one block.
+
+    Attributes:
+        leaves: every layer of the twin, with its weights.
+        size: the number of rows.
+    """
+
+    def __init__(self, population: Population, members: Tensor) -> None:
+        self.size = len(members)
+        self._weights = {name: Weight(p, p.select(members)) for name, p in population._perturbations.items()}
+        self.leaves = [
+            (leaf, {own: self._weights[name] for own, name in names.items()})
+            for leaf, names in population._conversion.leaves.items()
+        ]
+
+    def put(self, rows: Tensor, members: Tensor) -> None:
+        """Give the rows ``(k,)`` to other members ``(k,)``."""
+        for perturbation, own in self._weights.values():
+            own.put(rows, perturbation.select(members))
+
+    def values(self, name: str) -> Tensor:
+        """A parameter of the members in the rows, ``(n, *shape)``."""
+        return self._weights[name].values()
+
+
+def _member_by_member(conversion: Conversion, block: _Block, inputs: tuple[Any, ...]) -> Any:
+    """The forward of a module whose own code has to see one member at a time, for all members at once."""
+    bare = {name: block.values(parameter) for name, parameter in conversion.bare.items()}
+
+    def forward(bare: dict[str, Tensor], token: Tensor, inputs: tuple[Any, ...]) -> Any:
+        for leaf, weights in block.leaves:
+            leaf.place.weights, leaf.place.token = weights, token
+        return functional_call(conversion.twin, bare, inputs)
+
+    try:
+        token = torch.empty(block.size, device="meta")
+        in_dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, inputs)
+        return vmap(forward, in_dims=(0, 0, in_dims), randomness="different")(bare, token, inputs)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise UserError(
+            "the forward of the module cannot be computed for all members at once (torch.func.vmap: "
+            f"{' '.join(str(error).split())})"
+        ) from error
+    finally:
+        for leaf, _ in block.leaves:
+            leaf.place.token = None
 
 
 class Unperturbed:
@@ -188,18 +262,33 @@ class Unperturbed:
         """Nothing changes: every row is the module."""
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         """``(n, ..., in)`` to ``(n, ..., out)``."""
-        return _in_blocks(lambda block, part: self.module(part), x, self.row_block)
+        rows = len(_tensors(inputs)[0])
+        return _in_blocks(lambda block, part: self.module(*part), inputs, rows, self.row_block)
 
 
-def _in_blocks(forward: Callable[[int, Tensor], Tensor], x: Tensor, row_block: int) -> Tensor:
-    """Rows through ``forward(block, rows)`` in blocks of exactly ``row_block``; the last is padded, and cut again."""
+def _in_blocks(
+    forward: Callable[[int, tuple[Any, ...]], Any], inputs: tuple[Any, ...], rows: int, row_block: int
+) -> Any:
+    """Rows through ``forward(block, inputs)`` in blocks of exactly ``row_block``; the last is padded, and cut again."""
+    if rows == row_block:
+        return forward(0, inputs)
     outputs = []
-    for block, part in enumerate(x.split(row_block)):
-        missing = row_block - len(part)
-        if missing:
-            part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
-        y = forward(block, part)
-        outputs.append(y[: row_block - missing] if missing else y)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    for block, start in enumerate(range(0, rows, row_block)):
+        part = tree_map_only(Tensor, lambda x, at=start: _padded(x[at : at + row_block], row_block), inputs)
+        kept = min(row_block, rows - start)
+        outputs.append(tree_map_only(Tensor, lambda y, kept=kept: y[:kept], forward(block, part)))
+    return outputs[0] if len(outputs) == 1 else tree_map(lambda *parts: torch.cat(parts), *outputs)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    missing = rows - len(x)
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+
+
+def _tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
+    """All tensors among the inputs."""
+    if len(inputs) == 1 and isinstance(inputs[0], Tensor):
+        return [inputs[0]]
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]

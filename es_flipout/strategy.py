@@ -29,7 +29,8 @@ class EvolutionStrategy:
             strategy.tell(returns)
 
     Args:
-        module: the mean; it is copied, the caller's module is not changed.
+        module: the mean; it is copied, the caller's module is not changed. Parameters that do not require a gradient
+            stay as they are.
         population_size: ``P``.
         sigma: perturbation standard deviation; may be changed between generations through the attribute.
         perturbation: ``"flipout"``, ``"low_rank"``, ``"dense"``, or a family with settings such as ``Flipout(bases=8)``.
@@ -75,10 +76,10 @@ class EvolutionStrategy:
         if device is not None:
             self._mean.to(device)
         convert(self._mean)  # complains now about what it cannot perturb
-        first = next(self._mean.parameters(), None)
-        if first is None:
-            raise UserError("the module has no parameters, so there is nothing to evolve")
-        self.device = first.device
+        evolved = [parameter for parameter in self._mean.parameters() if parameter.requires_grad]
+        if not evolved:
+            raise UserError("the module has no parameters that require a gradient, so there is nothing to evolve")
+        self.device = evolved[0].device
         self.population_size = population_size
         self.sigma = sigma
         self.family = family_named(perturbation) if isinstance(perturbation, str) else perturbation
@@ -87,7 +88,7 @@ class EvolutionStrategy:
         self.seed = seed
         self.generation = 0
         self.row_block = row_block
-        self.optimizer = make_optimizer(optimizer, self._mean.parameters(), learning_rate, momentum)
+        self.optimizer = make_optimizer(optimizer, evolved, learning_rate, momentum)
         self._asked: Population | None = None
 
     @property
@@ -125,6 +126,8 @@ class EvolutionStrategy:
             raise ValueError(f"returns must have shape ({self.population_size},), got {tuple(returns.shape)}")
         gradient = estimate_gradient(self._asked, centered_ranks(returns))
         for name, parameter in self._mean.named_parameters():
+            if not parameter.requires_grad:
+                continue
             parameter.grad = gradient[name]
             if self.weight_decay and parameter.ndim > 1:
                 parameter.mul_(1 - self.learning_rate * self.weight_decay)

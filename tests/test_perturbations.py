@@ -10,8 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from es_flipout.perturbations import Dense, Family, Flipout, LinearPerturbation, LowRank, Members, family_named
-from es_flipout.perturbations.flipout import FlipoutLinear
+from es_flipout.perturbations import (
+    Dense,
+    Family,
+    Fixed,
+    Flipout,
+    Independent,
+    LowRank,
+    Members,
+    Perturbation,
+    family_named,
+)
+from es_flipout.perturbations.flipout import FlipoutPerturbation
 from es_flipout.randomness import Address
 
 CPU = torch.device("cpu")
@@ -26,22 +36,22 @@ def members_of(size: int, antithetic: bool = True) -> Members:
 def layer(
     family: Family,
     members: Members,
-    out_in: tuple[int, int] = (4, 3),
-    bias: bool = True,
+    out_in: tuple[int, ...] = (4, 3),
     dtype: torch.dtype = torch.float64,
     address: Address = HERE,
     sigma: float = 0.3,
-) -> LinearPerturbation[Any]:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_in, generator=generator, dtype=dtype)
-    return family.linear(
-        weight, torch.randn(out_in[0], generator=generator, dtype=dtype) if bias else None, sigma, members, address
-    )
+) -> Perturbation[Any]:
+    mean = torch.randn(out_in, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return family.matrix(mean, sigma, members, address)
 
 
-def noises(perturbation: LinearPerturbation[Any]) -> Tensor:
+def bias_of(members: Members, size: int = 4, address: Address = HERE) -> Independent:
+    return Independent(torch.randn(size, dtype=torch.float64), 0.3, members, address)
+
+
+def noises(perturbation: Perturbation[Any]) -> Tensor:
     """The weight noise of all members, ``(P, out, in)``."""
-    return torch.stack([perturbation.weight_noise(n) for n in range(perturbation.members.size)])
+    return torch.stack([perturbation.noise(n) for n in range(perturbation.members.size)])
 
 
 @settings(max_examples=15)
@@ -65,16 +75,21 @@ def test_batched_forward_equals_dense_weights(
     seed: int,
 ) -> None:
     members = members_of(2 * size if antithetic else size, antithetic)
-    perturbation = layer(family, members, out_in, bias, dtype, Address(seed))
+    perturbation = layer(family, members, out_in, dtype, Address(seed))
     chosen = torch.randint(members.size, (7,))  # any members, also one twice
+    rows = perturbation.select(chosen)
     x = torch.randn(7, *middle, out_in[1], dtype=dtype)
-    y = perturbation.linear(x, perturbation.select(chosen))
+    biases = torch.randn(7, out_in[0], dtype=dtype) if bias else None
+    y = perturbation.linear(x, rows, biases)
     assert (y.shape, y.dtype) == ((7, *middle, out_in[0]), dtype)
+    part = slice(out_in[0] // 2, None)
+    parts = perturbation.linear(x, rows, None if biases is None else biases[:, part], part)
     for i, n in enumerate(chosen.tolist()):
-        weight, own_bias = perturbation.member(n)
-        assert (own_bias is not None) == bias
-        expected = torch.nn.functional.linear(x[i], weight, own_bias)
+        expected = torch.nn.functional.linear(x[i], perturbation.member(n), None if biases is None else biases[i])
         torch.testing.assert_close(y[i], expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        torch.testing.assert_close(parts[i], expected[..., part], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        own = perturbation.values(rows)[i]
+        torch.testing.assert_close(own, perturbation.member(n), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("antithetic", [True, False])
@@ -90,11 +105,30 @@ def test_put_is_as_good_as_select(family: Family, antithetic: bool) -> None:
 def test_member_is_mean_plus_sigma_times_noise(family: Family) -> None:
     perturbation = layer(family, members_of(6), sigma=0.3)
     for n in range(6):
-        weight, bias = perturbation.member(n)
-        torch.testing.assert_close(weight - perturbation.weight, 0.3 * perturbation.weight_noise(n))
-        assert bias is not None
-        assert perturbation.bias is not None
-        assert (bias - perturbation.bias).norm() > 0
+        torch.testing.assert_close(perturbation.member(n) - perturbation.mean, 0.3 * perturbation.noise(n))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4)])
+def test_independent_noise_of_any_shape(shape: tuple[int, ...]) -> None:
+    """Biases, scales and bare parameters."""
+    members = members_of(6)
+    perturbation = Independent(torch.randn(shape, dtype=torch.float64), 0.3, members, HERE)
+    rows = perturbation.select(torch.tensor([4, 1, 1]))
+    for i, n in enumerate((4, 1, 1)):
+        torch.testing.assert_close(perturbation.values(rows)[i], perturbation.mean + 0.3 * perturbation.noise(n))
+    u = torch.randn(6, dtype=torch.float64)
+    expected = torch.stack([u[n] * perturbation.noise(n) for n in range(6)]).sum(0)
+    torch.testing.assert_close(perturbation.weighted_sum(u), expected)
+    assert torch.equal(perturbation.noise(0), -perturbation.noise(1))
+
+
+def test_fixed_parameters_have_no_noise() -> None:
+    perturbation = Fixed(torch.randn(4, 3), 0.3, members_of(6), HERE)
+    rows = perturbation.select(torch.tensor([4, 1, 1]))
+    rows.put(torch.tensor([0]), perturbation.select(torch.tensor([2])))
+    assert torch.equal(perturbation.values(rows), perturbation.mean.expand(3, 4, 3))
+    assert torch.equal(perturbation.member(5), perturbation.mean)
+    assert not perturbation.weighted_sum(torch.ones(6)).any()
 
 
 @pytest.mark.parametrize("out_in", [(4, 3), (1, 5), (5, 1)])
@@ -102,15 +136,12 @@ def test_antithetic_partners_are_opposite_and_others_are_not(family: Family, out
     perturbation = layer(family, members_of(12), out_in)
     noise = noises(perturbation)
     assert torch.equal(noise[0::2], -noise[1::2])
+    bias = bias_of(members_of(12))
     for source in range(6):
-        weight, bias = perturbation.member(2 * source)
-        other_weight, other_bias = perturbation.member(2 * source + 1)
-        assert perturbation.bias is not None
-        assert bias is not None
-        assert other_bias is not None
-        assert (weight - perturbation.weight).abs().max() > 0.01, "no perturbation, no test"
-        torch.testing.assert_close((weight + other_weight) / 2, perturbation.weight, rtol=0, atol=1e-15)
-        torch.testing.assert_close((bias + other_bias) / 2, perturbation.bias, rtol=0, atol=1e-15)
+        for own in (perturbation, bias):
+            one, other = own.member(2 * source), own.member(2 * source + 1)
+            assert (one - own.mean).abs().max() > 0.01, "no perturbation, no test"
+            torch.testing.assert_close((one + other) / 2, own.mean, rtol=0, atol=1e-15)
 
 
 def test_without_antithetic_pairs_all_members_are_independent(family: Family) -> None:
@@ -146,10 +177,8 @@ def test_noise_has_zero_mean_and_unit_variance(family: Family) -> None:
     assert (squares / n - 1).abs().max() < 5 * spread
 
 
-def test_bias_noise_is_standard_normal_and_independent(family: Family) -> None:
-    members = members_of(4000, antithetic=False)
-    noise = layer(family, members, (8, 1)).bias_noise
-    assert noise is not None
+def test_bias_noise_is_standard_normal_and_independent() -> None:
+    noise = bias_of(members_of(4000, antithetic=False), 8).stored
     assert noise.mean().abs() < 4 / noise.numel() ** 0.5
     assert (noise.square().mean() - 1).abs() < 4 * (2 / noise.numel()) ** 0.5
     correlation = noise.T @ noise / len(noise)
@@ -178,8 +207,7 @@ def test_more_bases_than_sources() -> None:
     x = torch.randn(4, 3, dtype=torch.float64)
     y = perturbation.linear(x, perturbation.select(torch.arange(4)))
     for n in range(4):
-        weight, bias = perturbation.member(n)
-        torch.testing.assert_close(y[n], torch.nn.functional.linear(x[n], weight, bias))
+        torch.testing.assert_close(y[n], torch.nn.functional.linear(x[n], perturbation.member(n)))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -211,28 +239,24 @@ def test_every_part_of_the_address_matters(family: Family, part: str) -> None:
     other = layer(family, members_of(6), (8, 8), address=Address(**here | {part: 2}))
     a, b = noises(one).flatten(1), noises(other).flatten(1)
     assert ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).abs().max() < 0.8
-    assert one.bias_noise is not None
-    assert other.bias_noise is not None
-    assert not torch.isclose(one.bias_noise, other.bias_noise).any()
+    one_bias = bias_of(members_of(6), address=Address(**here))
+    other_bias = bias_of(members_of(6), address=Address(**here | {part: 2}))
+    assert not torch.isclose(one_bias.stored, other_bias.stored).any()
 
 
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_weighted_sum_equals_the_sum_over_dense_noise(family: Family, antithetic: bool) -> None:
     perturbation = layer(family, members_of(14, antithetic))
     u = torch.randn(14, dtype=torch.float64)
-    weight, bias = perturbation.weighted_sum(u)
-    torch.testing.assert_close(weight, torch.einsum("p,poi->oi", u, noises(perturbation)))
-    biases = [perturbation.member(n)[1] for n in range(14)]
-    expected = sum(u[n] * (own - perturbation.bias) / 0.3 for n, own in enumerate(biases))  # pyright: ignore
-    torch.testing.assert_close(bias, expected)
+    torch.testing.assert_close(perturbation.weighted_sum(u), torch.einsum("p,poi->oi", u, noises(perturbation)))
 
 
 def test_flipout_sum_in_parts_equals_the_sum_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     perturbation = layer(Flipout(bases=2), members_of(22))
     u = torch.randn(22, dtype=torch.float64)
-    whole, _ = perturbation.weighted_sum(u)
+    whole = perturbation.weighted_sum(u)
     monkeypatch.setattr("es_flipout.perturbations.flipout._SOURCES_PER_SUM", 3)
-    parts, _ = perturbation.weighted_sum(u)
+    parts = perturbation.weighted_sum(u)
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(parts, torch.einsum("p,poi->oi", u, noises(perturbation)))
 
@@ -242,13 +266,13 @@ def test_no_weight_matrix_for_each_member_is_stored(family_of_few: Family) -> No
     perturbation = layer(family_of_few, members_of(400), (20, 30))
     rows = perturbation.select(torch.arange(400))
     held = [value for holder in (perturbation, rows) for value in vars(holder).values() if isinstance(value, Tensor)]
-    assert len(held) > 5
+    assert len(held) >= 5
     assert max(value.numel() for value in held) <= 400 * 30
 
 
 def test_flipout_signs_take_one_byte() -> None:
     perturbation = layer(Flipout(), members_of(10))
-    assert isinstance(perturbation, FlipoutLinear)
+    assert isinstance(perturbation, FlipoutPerturbation)
     assert perturbation.r.dtype == perturbation.s.dtype == torch.int8
 
 
@@ -258,10 +282,7 @@ def test_share_of_a_population_has_the_same_members(family: Family, antithetic: 
     for first, size in ((0, 24), (0, 8), (8, 10), (18, 6)):
         share = layer(family, Members(24, antithetic, CPU, size, first))
         for n in range(size):
-            for own, same in zip(share.member(n), whole.member(first + n), strict=True):
-                assert own is not None
-                assert same is not None
-                assert torch.equal(own, same)
+            assert torch.equal(share.member(n), whole.member(first + n))
 
 
 @pytest.mark.parametrize(("name", "expected"), [("flipout", Flipout()), ("low_rank", LowRank()), ("dense", Dense())])

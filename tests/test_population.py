@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from es_flipout.layers import convert
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank, Members
-from es_flipout.perturbations.flipout import FlipoutLinear
+from es_flipout.perturbations.flipout import FlipoutPerturbation
 from es_flipout.policies import MLP, Linear
 from es_flipout.population import Population, Unperturbed
 
@@ -287,20 +287,23 @@ def test_module_is_left_alone(family: Family) -> None:
 
 def test_twin_holds_no_weights() -> None:
     module = Branches()
-    twin, leaves = convert(module)
-    assert list(twin.parameters()) == []
-    assert sorted(leaves) == ["inside.again.0", "inside.first", "out"]
-    assert all(twin.get_submodule(name) is leaf for name, leaf in leaves.items())
+    conversion = convert(module)
+    assert list(conversion.twin.parameters()) == []
+    assert sorted(conversion.leaves.values(), key=lambda own: sorted(own.values())) == [
+        {"weight": "inside.again.0.weight"},
+        {"weight": "inside.first.weight", "bias": "inside.first.bias"},
+        {"weight": "out.weight", "bias": "out.bias"},
+    ]
 
 
 def test_nothing_of_the_size_of_all_members_is_stored() -> None:
     population = population_of(nn.Linear(30, 20), Flipout(), 400)
-    (perturbation,) = population._perturbations.values()
-    assert isinstance(perturbation, FlipoutLinear)
+    perturbation = population._perturbations["weight"]
+    assert isinstance(perturbation, FlipoutPerturbation)
     assert max(value.numel() for value in vars(perturbation).values() if isinstance(value, Tensor)) <= 400 * 30
 
 
-@pytest.mark.parametrize("shape", [(6,), (5, 3), (12, 3), (3, 6)])
+@pytest.mark.parametrize("shape", [(), (5, 3), (12, 3), (3, 6)])
 def test_input_of_wrong_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"P = 6"):
         population_of(nn.Linear(3, 2), Flipout(), 6)(torch.randn(shape))

@@ -1,6 +1,6 @@
 """Population-aware twins of torch layers, and the conversion of an ``nn.Module``."""
 
-from es_flipout.layers.convert import UnsupportedLayerError, convert
-from es_flipout.layers.linear import PopulationLinear
+from es_flipout.layers.convert import Conversion, UnsupportedLayerError, convert, stays_still
+from es_flipout.layers.leaf import Leaf, Weight
 
-__all__ = ["PopulationLinear", "UnsupportedLayerError", "convert"]
+__all__ = ["Conversion", "Leaf", "UnsupportedLayerError", "Weight", "convert", "stays_still"]

@@ -3,51 +3,159 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from es_flipout.errors import UserError
-from es_flipout.layers.linear import PopulationLinear
+from es_flipout.layers.attention import PopulationAttention
+from es_flipout.layers.convolution import (
+    Convolutions,
+    PopulationConvolution,
+    PopulationTransposedConvolution,
+    TransposedConvolutions,
+)
+from es_flipout.layers.embedding import PopulationEmbedding
+from es_flipout.layers.leaf import Leaf
+from es_flipout.layers.linear import PopulationBilinear, PopulationLinear
+from es_flipout.layers.recurrent import PopulationCell, PopulationRecurrent
+
+_TWINS: dict[type[nn.Module], Callable[[Any], Leaf]] = {
+    nn.Linear: lambda _: PopulationLinear(),
+    nn.Bilinear: lambda _: PopulationBilinear(),
+    nn.Embedding: lambda _: PopulationEmbedding(),
+    **dict.fromkeys(Convolutions, PopulationConvolution),
+    **dict.fromkeys(TransposedConvolutions, PopulationTransposedConvolution),
+    **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), PopulationRecurrent),
+    **dict.fromkeys((nn.RNNCell, nn.GRUCell, nn.LSTMCell), PopulationCell),
+    nn.MultiheadAttention: PopulationAttention,
+}
+# Layers of torch whose parameters are used entry by entry: every member gets its own, and torch's own code uses them.
+_ENTRY_BY_ENTRY = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+_SUPPORTED = (*_TWINS, *_ENTRY_BY_ENTRY)
+# Twins that need to know which dimension is which, and so see one member at a time.
+_NOT_ROW_WISE = (PopulationRecurrent, PopulationAttention)
+# Layers without parameters that treat every entry of the last dimension, or every row, alike.
+_ROW_WISE = (
+    nn.Identity,
+    nn.Tanh,
+    nn.ReLU,
+    nn.ELU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.Softplus,
+    nn.Hardtanh,
+    nn.Mish,
+)
 
 
 class UnsupportedLayerError(UserError):
     """The module holds parameters in a layer that cannot be perturbed; the message names the layer."""
 
 
-def convert(module: nn.Module) -> tuple[nn.Module, dict[str, PopulationLinear]]:
-    """A copy of ``module`` without parameters whose ``nn.Linear`` leaves are population-aware.
+@dataclass(frozen=True)
+class Conversion:
+    """A module's population-aware twin.
 
-    Args:
-        module: any module whose parameters all belong to ``nn.Linear`` leaves.
+    Attributes:
+        twin: a copy of the module whose layers with parameters are population-aware.
+        leaves: these layers, with the name of the parameter in the module for each name in the layer.
+        bare: parameters that the module's own code uses, by name in the twin, with their name in the module.
+        row_wise: the twin may be called with all rows; otherwise it needs ``torch.func.vmap``.
+    """
 
-    Returns:
-        The copy, and its population-aware leaves by their dotted name in ``module``.
+    twin: nn.Module
+    leaves: dict[Leaf, dict[str, str]]
+    bare: dict[str, str]
+    row_wise: bool
+
+
+def convert(module: nn.Module) -> Conversion:
+    """The population-aware twin of ``module``, which is not changed.
+
+    Layers that this package knows become population-aware. Any other parameter (of a normalisation, or a bare ``nn.Parameter``
+    of the user's own class) is used by the module's own code, as a copy for each member. Tied weights stay tied.
 
     Raises:
-        UnsupportedLayerError: another leaf has parameters, two leaves share one, or a layer mixes rows.
+        UnsupportedLayerError: a layer of torch has parameters and no twin, mixes the members, or a parameter is no
+            floating-point number.
     """
     for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        _refuse_unsupported(name, child)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    leaves: dict[Leaf, dict[str, str]] = {}
+    memo: dict[int, Any] = {}
+    inside: set[int] = set()  # modules that went with the leaf they belong to
+    for _, child in module.named_modules():
+        if type(child) not in _TWINS or id(child) in inside or not _is_plain(child):
+            continue
+        leaf = _TWINS[type(child)](child)
+        own = {name: names[id(parameter)] for name, parameter in child.named_parameters(remove_duplicate=False)}
+        memo[id(child)] = leaf
+        leaves[leaf] = own
+        inside |= {id(grandchild) for grandchild in child.modules()}
+    # Copying with the twins already in the memo leaves their weights behind.
+    twin = copy.deepcopy(module, memo)
+    bare = {name: names[id(module.get_parameter(name))] for name, _ in twin.named_parameters()}
+    return Conversion(twin, leaves, bare, not bare and _is_row_wise(twin))
+
+
+def _refuse_unsupported(name: str, layer: nn.Module) -> None:
+    kind = type(layer).__name__
+    where = f"layer {name or '(the module itself)'!r} of type {kind}"
+    if isinstance(layer, (nn.modules.batchnorm._NormBase,)) and not _is_harmless_norm(layer):
+        raise UnsupportedLayerError(
+            f"{where} keeps statistics of a batch, which would mix the members of a population; use GroupNorm or "
+            "LayerNorm in its place"
+        )
+    parameters = list(layer.parameters(recurse=False))
+    for parameter in parameters:
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise UnsupportedLayerError(f"{where} has no size yet; call the module once before it becomes a population")
+        if not parameter.is_floating_point():
+            raise UnsupportedLayerError(f"{where} has a parameter of {parameter.dtype}; supported: floating point")
+    if parameters and type(layer).__module__.startswith("torch.nn.modules") and type(layer) not in _SUPPORTED:
+        supported = ", ".join(kind.__name__ for kind in _SUPPORTED)
+        is_projection = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        if not is_projection:
             raise UnsupportedLayerError(
-                f"layer {name!r} of type {type(child).__name__} mixes the rows of a batch, and so the members of a "
-                "population; use LayerNorm in its place"
+                f"{where} has parameters and cannot be perturbed; supported layers with parameters: {supported}, and "
+                "parameters of your own modules"
             )
-    linears = {name: child for name, child in module.named_modules() if type(child) is nn.Linear}
-    owners: dict[int, str] = {}
-    for name, child in module.named_modules():
-        parameters = list(child.parameters(recurse=False))
-        if parameters and name not in linears:
-            raise UnsupportedLayerError(
-                f"layer {name or '(the module itself)'!r} of type {type(child).__name__} has parameters and cannot be "
-                "perturbed; supported layers with parameters: Linear"
-            )
-        for parameter in parameters:
-            if id(parameter) in owners:
-                raise UnsupportedLayerError(
-                    f"layers {owners[id(parameter)]!r} and {name!r} share a parameter; tied weights are not supported"
-                )
-            owners[id(parameter)] = name
-    leaves = {name: PopulationLinear() for name in linears}
-    # Copying with the twins already in the memo leaves every weight behind.
-    twin = copy.deepcopy(module, memo={id(linears[name]): leaf for name, leaf in leaves.items()})
-    return twin, leaves
+    if isinstance(layer, nn.MultiheadAttention) and (layer.bias_k is not None or layer.add_zero_attn):
+        raise UnsupportedLayerError(f"{where} uses add_bias_kv or add_zero_attn, which are not supported")
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise UnsupportedLayerError(f"{where} uses max_norm, which changes weights in the forward; not supported")
+
+
+def _is_harmless_norm(layer: nn.Module) -> bool:
+    """An instance normalisation without statistics or parameters treats every example alone."""
+    return isinstance(layer, nn.modules.instancenorm._InstanceNorm) and not (layer.affine or layer.track_running_stats)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Nobody listens to the layer's calls or computes its weights before them."""
+    return not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _is_row_wise(twin: nn.Module) -> bool:
+    """Calling the twin with all rows is known to be as good as calling it member by member."""
+    if any(isinstance(child, _NOT_ROW_WISE) for child in twin.modules()):
+        return False
+    if isinstance(twin, (Leaf, *_ROW_WISE)) or getattr(twin, "row_wise", False):
+        return True
+    if isinstance(twin, nn.LayerNorm):
+        return not twin.elementwise_affine
+    return type(twin) is nn.Sequential and all(_is_row_wise(child) for child in twin)
+
+
+def stays_still(module: nn.Module, parameter: Tensor) -> int | None:
+    """The entry of an embedding's weight that is padding, and so the same for every member; None where there is none."""
+    for child in module.modules():
+        if isinstance(child, nn.Embedding) and child.weight is parameter and child.padding_idx is not None:
+            return child.padding_idx
+    return None

@@ -1,38 +1,36 @@
-"""The population-aware twin of ``nn.Linear``."""
+"""The population-aware twins of ``nn.Linear`` and ``nn.Bilinear``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from es_flipout.perturbations.base import LinearPerturbation
-
-
-@dataclass
-class Place:
-    """Whose weights a layer has at the moment; apart, because setting attributes of an ``nn.Module`` is slow."""
-
-    perturbation: LinearPerturbation[Any] | None = None
-    rows: Any = None
+from es_flipout.layers.leaf import Leaf
+from es_flipout.perturbations.base import over_rows
+from es_flipout.perturbations.operations import Bilinear
 
 
-class PopulationLinear(nn.Module):
-    """Stands where an ``nn.Linear`` stood; row ``i`` of its input goes through the layer of the member in row ``i``.
-
-    The population sets ``place`` before every forward.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = Place()
+class PopulationLinear(Leaf):
+    """Twin of ``nn.Linear``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, ..., in)`` to ``(n, ..., out)``."""
-        place = self.place
-        assert place.perturbation is not None
-        return place.perturbation.linear(x, place.rows)
+        return self.over_rows(self._forward, x)
 
     # Nobody hangs hooks on a twin, and looking for them takes longer than a small layer.
     __call__ = forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.place.weights["weight"].linear(x, self.bias_rows())
+
+
+class PopulationBilinear(Leaf):
+    """Twin of ``nn.Bilinear``."""
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        """``(n, ..., in1)`` and ``(n, ..., in2)`` to ``(n, ..., out)``."""
+        return self.over_rows(self._forward, one, other)
+
+    def _forward(self, one: Tensor, other: Tensor) -> Tensor:
+        y = self.place.weights["weight"].apply(Bilinear(other), one)
+        bias = self.bias_rows()
+        return y if bias is None else y + over_rows(bias, y)

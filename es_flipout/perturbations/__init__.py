@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from es_flipout.errors import UserError
-from es_flipout.perturbations.base import Family, LinearPerturbation, Members, Rows
+from es_flipout.perturbations.base import Family, Members, Perturbation, Rows
 from es_flipout.perturbations.dense import Dense
 from es_flipout.perturbations.flipout import Flipout
+from es_flipout.perturbations.independent import Fixed, Independent
 from es_flipout.perturbations.low_rank import LowRank
 
-__all__ = ["Dense", "Family", "Flipout", "LinearPerturbation", "LowRank", "Members", "Rows", "family_named"]
+__all__ = [
+    "Dense",
+    "Family",
+    "Fixed",
+    "Flipout",
+    "Independent",
+    "LowRank",
+    "Members",
+    "Perturbation",
+    "Rows",
+    "family_named",
+]
 
 _FAMILIES: dict[str, type[Family]] = {"flipout": Flipout, "low_rank": LowRank, "dense": Dense}
 

@@ -1,4 +1,4 @@
-"""What every perturbation family has in common: members, antithetic pairs, vector noise, and the interface of a layer.
+"""What every perturbation family has in common: members, antithetic pairs, vector noise, and the interface of a parameter.
 
 Letters: ``P`` members, ``n`` rows (any chosen members), ``in``/``out`` sizes of a linear layer, weight ``(out, in)``.
 """
@@ -12,7 +12,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from es_flipout.randomness import Address, Stream, normals
+from es_flipout.perturbations.operations import Operation
+from es_flipout.randomness import Address
 
 
 @dataclass(frozen=True)
@@ -69,69 +70,79 @@ class Rows:
 RowsT = TypeVar("RowsT", bound=Rows)
 
 
-class LinearPerturbation(ABC, Generic[RowsT]):
-    """The perturbed copies of one linear layer, one for each member, in one generation.
+class Perturbation(ABC, Generic[RowsT]):
+    """The perturbed copies of one parameter, one for each member, in one generation.
 
-    Nothing of the size of P weight matrices is stored (except by the ``dense`` family, whose purpose that is).
+    A parameter of two dimensions or more is ``(d0, d1, *rest)``: ``(out, in)`` of a linear layer, ``(out, in / groups,
+    *kernel)`` of a convolution, ``(numbers, size)`` of an embedding. Where the layer's use of it allows, nothing of the size
+    of P parameters is made.
+
+    Attributes:
+        mean: the unperturbed parameter.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, sigma: float, members: Members, address: Address) -> None:
-        self.weight = weight
-        self.weight_t = weight.T
-        self.bias = bias
+    def __init__(self, mean: Tensor, sigma: float, members: Members, address: Address) -> None:
+        self.mean = mean
         self.sigma = sigma
         self.members = members
         self.address = address
-        self.bias_noise = (
-            None if bias is None else normals(address, Stream.BIAS, members.sources, len(bias)).to(bias.dtype)
-        )
 
     @abstractmethod
     def select(self, members: Tensor) -> RowsT:
-        """What :meth:`linear` needs of the given members, ``(n,)`` int64, as one row each."""
+        """What a forward needs of the given members, ``(n,)`` int64, as one row each."""
 
     @abstractmethod
-    def linear(self, x: Tensor, rows: RowsT) -> Tensor:
-        """Row ``i`` of ``x`` through the layer of the member in row ``i``: ``(n, ..., in)`` to ``(n, ..., out)``."""
+    def values(self, rows: RowsT) -> Tensor:
+        """The parameters of the members in the rows, dense, ``(n, *shape)``."""
 
     @abstractmethod
-    def weight_noise(self, member: int) -> Tensor:
-        """The perturbation of one member's weight in units of sigma, dense, ``(out, in)``."""
+    def noise(self, member: int) -> Tensor:
+        """The perturbation of one member in units of sigma, dense, of the parameter's shape."""
 
     @abstractmethod
-    def weighted_weight_sum(self, v: Tensor) -> Tensor:
-        """Sum over the noise sources of ``v`` times the weight perturbation in units of sigma, ``(out, in)``."""
+    def weighted_sum(self, u: Tensor) -> Tensor:
+        """Sum over the members of ``u`` ``(P,)`` times their perturbations in units of sigma."""
 
-    def weighted_sum(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sum over the members of ``u`` ``(P,)`` times their perturbations in units of sigma: weight and bias."""
-        v = self.members.per_source(u).to(self.weight.dtype)
-        return self.weighted_weight_sum(v), None if self.bias_noise is None else v @ self.bias_noise
+    @abstractmethod
+    def linear(self, x: Tensor, rows: RowsT, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
+        """Row ``i`` of ``x`` through the linear layer of the member in row ``i``: ``(n, ..., in)`` to ``(n, ..., out)``.
 
-    def member(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """The dense weight ``(out, in)`` and bias ``(out,)`` of member ``n``."""
-        weight = self.weight + self.sigma * self.weight_noise(n)
-        if self.bias is None or self.bias_noise is None:
-            return weight, None
-        index = torch.tensor([n], device=self.weight.device)
-        noise = self.bias_noise[self.members.source_of(index)] * self.members.sign_of(index)[:, None]
-        return weight, self.bias + self.sigma * noise[0]
+        Args:
+            x: ``(n, ..., in)``.
+            rows: from :meth:`select`.
+            bias: ``(n, out)``.
+            part: only these outputs (``bias`` too has only these).
+        """
 
-    def bias_rows(self, members: Tensor) -> Tensor | None:
-        """The biases of the given members, ``(n, out)``."""
-        if self.bias is None or self.bias_noise is None:
-            return None
-        scale = self.sigma * self.members.sign_of(members).to(self.bias.dtype)
-        return torch.addcmul(self.bias, self.bias_noise[self.members.source_of(members)], scale[:, None])
+    @abstractmethod
+    def embedding(self, index: Tensor, rows: RowsT) -> Tensor:
+        """Rows of the weight by number: ``(n, ...)`` int64 to ``(n, ..., d1)``."""
+
+    @abstractmethod
+    def apply(self, operation: Operation, x: Tensor, rows: RowsT) -> Tensor:
+        """Any other use of the weight: row ``i`` of ``x`` with the weight of the member in row ``i``."""
+
+    def member(self, n: int) -> Tensor:
+        """The dense parameter of member ``n``."""
+        return self.mean + self.sigma * self.noise(n)
 
 
 class Family(ABC):
-    """A perturbation family with its settings: makes the perturbation of each layer."""
+    """A perturbation family with its settings: makes the perturbation of each parameter."""
 
     @abstractmethod
-    def linear(
-        self, weight: Tensor, bias: Tensor | None, sigma: float, members: Members, address: Address
-    ) -> LinearPerturbation:
-        """The perturbed copies of a linear layer with mean ``weight`` ``(out, in)`` and ``bias`` ``(out,)``."""
+    def matrix(
+        self, mean: Tensor, sigma: float, members: Members, address: Address, still: int | None = None
+    ) -> Perturbation:
+        """The perturbed copies of a parameter ``(d0, d1, *rest)``.
+
+        Args:
+            mean: the parameter.
+            sigma: standard deviation of every entry.
+            members: whose copies.
+            address: of the random numbers.
+            still: an index of the first dimension that stays as it is (the padding of an embedding).
+        """
 
 
 def over_rows(row_values: Tensor, like: Tensor) -> Tensor:
@@ -148,3 +159,8 @@ def mean_linear(x: Tensor, weight_t: Tensor, bias_rows: Tensor | None) -> Tensor
     if x.ndim == 2:
         return torch.addmm(bias_rows, x, weight_t)
     return (x @ weight_t).add_(over_rows(bias_rows, x))
+
+
+def over_index(row_values: Tensor, index: Tensor) -> Tensor:
+    """``row_values[i, index[i]]``: ``(n, size)`` by ``(n, ...)`` int64 to ``(n, ...)``."""
+    return row_values.gather(1, index.reshape(len(index), -1)).view(index.shape)

@@ -3,19 +3,26 @@
 Wen et al., "Flipout: efficient pseudo-independent weight perturbations on mini-batches", ICLR 2018, equation 4 (with the
 signs s on the input and r on the output); here every member of the population is one example. Antithetic partners are
 (r, s) and (-r, s).
+
+A weight ``(d0, d1, *rest)`` has signs for ``d0`` and ``d1``: output and input channels of a convolution, constant over its
+kernel. So one base explores one direction of the kernel between two channels; more bases explore more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from es_flipout.errors import UserError
-from es_flipout.perturbations.base import Family, LinearPerturbation, Members, Rows, mean_linear, over_rows
+from es_flipout.perturbations.base import Family, Members, Perturbation, Rows, mean_linear, over_index, over_rows
+from es_flipout.perturbations.independent import Independent
+from es_flipout.perturbations.operations import Operation
 from es_flipout.randomness import Address, Stream, normals, signs
 
 _SOURCES_PER_SUM = 4096  # bounds the memory of the weighted sum; the order of the sum does not depend on anything else
@@ -23,14 +30,10 @@ _SOURCES_PER_SUM = 4096  # bounds the memory of the weighted sum; the order of t
 
 @dataclass
 class FlipoutRows(Rows):
-    """Signs and biases of ``n`` members: ``s`` (n, in), ``sigma_r`` (n, out), ``bias`` (n, out), ``base`` (n,) int64.
-
-    ``base`` is None where there is only one base.
-    """
+    """Signs of ``n`` members: ``s`` (n, d1), ``sigma_r`` (n, d0), ``base`` (n,) int64 (None where there is only one)."""
 
     s: Tensor
     sigma_r: Tensor
-    bias: Tensor | None
     base: Tensor | None
 
     def __post_init__(self) -> None:
@@ -42,65 +45,98 @@ class FlipoutRows(Rows):
         self.__post_init__()
 
 
-class FlipoutLinear(LinearPerturbation[FlipoutRows]):
-    """Flipout on a linear layer; stores M base matrices, and one byte for each sign of each noise source."""
+class FlipoutPerturbation(Perturbation[FlipoutRows]):
+    """Flipout on a weight; stores M base matrices, and one byte for each sign of each noise source."""
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
+        mean: Tensor,
         sigma: float,
         members: Members,
         address: Address,
         base: Literal["rademacher", "gaussian"],
         base_of_source: Tensor,
         bases: int,
+        still: int | None,
     ) -> None:
-        super().__init__(weight, bias, sigma, members, address)
+        super().__init__(mean, sigma, members, address)
         self.base_of_source = base_of_source
         draw = signs if base == "rademacher" else normals
-        drawn = draw(address, Stream.BASE, torch.arange(bases, device=weight.device), weight.numel())
-        self.base = drawn.to(weight.dtype).view(bases, *weight.shape)
-        self.base_t = [base.T for base in self.base]
-        self.r = signs(address, Stream.OUTPUT_SIGNS, members.sources, weight.shape[0])
-        self.s = signs(address, Stream.INPUT_SIGNS, members.sources, weight.shape[1])
+        drawn = draw(address, Stream.BASE, torch.arange(bases, device=mean.device), mean.numel())
+        self.base = drawn.to(mean.dtype).view(bases, *mean.shape)
+        self.r = signs(address, Stream.OUTPUT_SIGNS, members.sources, mean.shape[0])
+        self.s = signs(address, Stream.INPUT_SIGNS, members.sources, mean.shape[1])
+        if still is not None:
+            self.base[:, still] = 0
+        if mean.ndim == 2:
+            self.mean_t = mean.T
+            self.base_t = [base.T for base in self.base]
 
     @override
     def select(self, members: Tensor) -> FlipoutRows:
         source = self.members.source_of(members)
-        scale = self.sigma * self.members.sign_of(members).to(self.weight.dtype)
+        scale = self.sigma * self.members.sign_of(members).to(self.mean.dtype)
         return FlipoutRows(
-            s=self.s[source].to(self.weight.dtype),
+            s=self.s[source].to(self.mean.dtype),
             sigma_r=self.r[source] * scale[:, None],
-            bias=self.bias_rows(members),
             base=None if len(self.base) == 1 else self.base_of_source[source],
         )
 
     @override
-    def linear(self, x: Tensor, rows: FlipoutRows) -> Tensor:
-        y = mean_linear(x, self.weight_t, rows.bias)
+    def linear(self, x: Tensor, rows: FlipoutRows, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
+        mean_t, base_t, sigma_r = self.mean_t, self.base_t, rows.sigma_r
+        if part is not None:
+            mean_t, base_t, sigma_r = mean_t[:, part], [base[:, part] for base in base_t], sigma_r[:, part]
+        y = mean_linear(x, mean_t, bias)
         flipped = x * over_rows(rows.s, x)
+        product = self._each_with_its_base(rows, lambda m: flipped @ base_t[m])
+        return y.addcmul_(over_rows(sigma_r, x), product)
+
+    @override
+    def embedding(self, index: Tensor, rows: FlipoutRows) -> Tensor:
+        product = self._each_with_its_base(rows, lambda m: F.embedding(index, self.base[m]))
+        flips = over_index(rows.sigma_r, index)[..., None] * over_rows(rows.s, product)
+        return torch.addcmul(F.embedding(index, self.mean), flips, product)
+
+    @override
+    def apply(self, operation: Operation, x: Tensor, rows: FlipoutRows) -> Tensor:
+        before, after = (rows.s, rows.sigma_r) if operation.input_dim == 1 else (rows.sigma_r, rows.s)
+        flipped = operation.scale_input(x, before)
+        product = self._each_with_its_base(rows, lambda m: operation.shared(flipped, self.base[m]))
+        return operation.shared(x, self.mean).add_(operation.scale_output(product, after))
+
+    def _each_with_its_base(self, rows: FlipoutRows, product_with: Callable[[int], Tensor]) -> Tensor:
+        """Every base with all rows, of which each keeps its own: no shape ever depends on the members."""
         first, *others = rows.bases_used
-        product = flipped @ self.base_t[first]
-        # Every base multiplies all rows and each row keeps its own: the shape of a product never depends on the members.
+        product = product_with(first)
         for m in others:
-            own = (rows.base == m).view(-1, *(1,) * (x.ndim - 1))
-            product = torch.where(own, flipped @ self.base_t[m], product)
-        return y.addcmul_(over_rows(rows.sigma_r, x), product)
+            own = (rows.base == m).view(-1, *(1,) * (product.ndim - 1))
+            product = torch.where(own, product_with(m), product)
+        return product
 
     @override
-    def weight_noise(self, member: int) -> Tensor:
-        index = torch.tensor([member], device=self.weight.device)
+    def values(self, rows: FlipoutRows) -> Tensor:
+        base = self.base if rows.base is None else self.base[rows.base]
+        return self.mean + base * self._outer(rows.sigma_r, rows.s)
+
+    @override
+    def noise(self, member: int) -> Tensor:
+        index = torch.tensor([member], device=self.mean.device)
         source = self.members.source_of(index)
-        sign_matrix = (self.r[source].T * self.members.sign_of(index)) * self.s[source]
-        return self.base[self.base_of_source[source]][0] * sign_matrix
+        flips = self._outer(self.r[source] * self.members.sign_of(index)[:, None], self.s[source])
+        return (self.base[self.base_of_source[source]] * flips)[0]
+
+    def _outer(self, r: Tensor, s: Tensor) -> Tensor:
+        """``(n, d0)`` and ``(n, d1)`` to ``(n, d0, d1, 1, ...)``."""
+        return (r[:, :, None] * s[:, None]).view(*r.shape, s.shape[1], *(1,) * (self.mean.ndim - 2))
 
     @override
-    def weighted_weight_sum(self, v: Tensor) -> Tensor:
-        total = torch.zeros_like(self.weight)
+    def weighted_sum(self, u: Tensor) -> Tensor:
+        v = self.members.per_source(u).to(self.mean.dtype)
+        total = torch.zeros_like(self.mean)
         for m, base in enumerate(self.base):
             own = slice(None) if len(self.base) == 1 else (self.base_of_source == m).nonzero()[:, 0]
-            response = torch.zeros_like(self.weight)
+            response = self.mean.new_zeros(self.mean.shape[:2])
             for r, s, v_part in zip(
                 self.r[own].split(_SOURCES_PER_SUM),
                 self.s[own].split(_SOURCES_PER_SUM),
@@ -108,7 +144,7 @@ class FlipoutLinear(LinearPerturbation[FlipoutRows]):
                 strict=True,
             ):
                 response.addmm_((r * v_part[:, None]).T, s.to(v.dtype))
-            total.addcmul_(base, response)
+            total.addcmul_(base, response.view(*response.shape, *(1,) * (base.ndim - 2)))
         return total
 
 
@@ -131,8 +167,11 @@ class Flipout(Family):
             raise UserError(f"bases must be at least 1, got {self.bases}")
 
     @override
-    def linear(
-        self, weight: Tensor, bias: Tensor | None, sigma: float, members: Members, address: Address
-    ) -> FlipoutLinear:
+    def matrix(
+        self, mean: Tensor, sigma: float, members: Members, address: Address, still: int | None = None
+    ) -> Perturbation:
+        if mean.ndim > 2 and mean.shape[1] == 1:
+            # Signs per channel would leave only M directions of a depthwise kernel.
+            return Independent(mean, sigma, members, address, Stream.WEIGHT, still)
         base_of_source = members.sources * self.bases // (members.population_size // members.share)
-        return FlipoutLinear(weight, bias, sigma, members, address, self.base, base_of_source, self.bases)
+        return FlipoutPerturbation(mean, sigma, members, address, self.base, base_of_source, self.bases, still)

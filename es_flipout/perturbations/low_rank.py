@@ -1,7 +1,8 @@
 """Low-rank perturbations: W_n = W + sigma / sqrt(rank) * A_n C_n^T with standard normal factors.
 
 The family of EGGROLL (Sarkar et al., "Evolution strategies at the hyperscale", arXiv 2511.16652), a neighbour of flipout:
-one shared matrix product fewer, factors of (out + in) * rank numbers for each member instead of signs.
+one shared matrix product fewer, factors of (out + in) * rank numbers for each member instead of signs. A weight of more than
+two dimensions is taken as the matrix ``(d0, d1 * rest)``.
 """
 
 from __future__ import annotations
@@ -9,66 +10,87 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from es_flipout.errors import UserError
-from es_flipout.perturbations.base import Family, LinearPerturbation, Members, Rows, mean_linear, over_rows
+from es_flipout.perturbations.base import Family, Members, Perturbation, Rows, mean_linear, over_index, over_rows
+from es_flipout.perturbations.operations import Operation
 from es_flipout.randomness import Address, Stream, normals
 
 
 @dataclass
 class LowRankRows(Rows):
-    """Factors and biases of ``n`` members: ``left`` (n, rank, out) with sigma in it, ``right`` (n, rank, in), ``bias``."""
+    """Factors of ``n`` members: ``left`` (n, rank, d0) with sigma in it, ``right`` (n, rank, d1, *rest)."""
 
     left: Tensor
     right: Tensor
-    bias: Tensor | None
 
 
-class LowRankLinear(LinearPerturbation[LowRankRows]):
-    """Low-rank noise on a linear layer; stores the factors of each noise source."""
+class LowRankPerturbation(Perturbation[LowRankRows]):
+    """Low-rank noise on a weight; stores the factors of each noise source."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, sigma: float, members: Members, address: Address, rank: int
+        self, mean: Tensor, sigma: float, members: Members, address: Address, rank: int, still: int | None
     ) -> None:
-        super().__init__(weight, bias, sigma, members, address)
+        super().__init__(mean, sigma, members, address)
         self.rank = rank
-        (out_size, in_size), sources = weight.shape, members.sources
-        left = normals(address, Stream.LEFT_FACTOR, sources, rank * out_size)
-        right = normals(address, Stream.RIGHT_FACTOR, sources, rank * in_size)
-        self.left = left.to(weight.dtype).view(len(sources), rank, out_size)
-        self.right = right.to(weight.dtype).view(len(sources), rank, in_size)
+        sources = members.sources
+        left = normals(address, Stream.LEFT_FACTOR, sources, rank * mean.shape[0])
+        right = normals(address, Stream.RIGHT_FACTOR, sources, rank * mean[0].numel())
+        self.left = left.to(mean.dtype).view(len(sources), rank, mean.shape[0])
+        self.right = right.to(mean.dtype).view(len(sources), rank, *mean.shape[1:])
+        if still is not None:
+            self.left[:, :, still] = 0
 
     @override
     def select(self, members: Tensor) -> LowRankRows:
         source = self.members.source_of(members)
-        scale = self.sigma / self.rank**0.5 * self.members.sign_of(members).to(self.weight.dtype)
-        return LowRankRows(
-            left=self.left[source] * scale[:, None, None],
-            right=self.right[source],
-            bias=self.bias_rows(members),
-        )
+        scale = self.sigma / self.rank**0.5 * self.members.sign_of(members).to(self.mean.dtype)
+        return LowRankRows(left=self.left[source] * scale[:, None, None], right=self.right[source])
 
     @override
-    def linear(self, x: Tensor, rows: LowRankRows) -> Tensor:
-        y = mean_linear(x, self.weight_t, rows.bias)
-        for left, right in zip(rows.left.unbind(1), rows.right.unbind(1), strict=True):
+    def values(self, rows: LowRankRows) -> Tensor:
+        return self.mean + torch.einsum("nko,nk...->no...", rows.left, rows.right)
+
+    @override
+    def noise(self, member: int) -> Tensor:
+        index = torch.tensor([member], device=self.mean.device)
+        source = self.members.source_of(index)
+        product = torch.einsum("ko,k...->o...", self.left[source][0], self.right[source][0])
+        return product * (self.members.sign_of(index)[0].to(product.dtype) / self.rank**0.5)
+
+    @override
+    def weighted_sum(self, u: Tensor) -> Tensor:
+        v = self.members.per_source(u).to(self.mean.dtype)
+        left = (self.left * v[:, None, None]).flatten(0, 1)
+        return (left.T @ self.right.flatten(0, 1).flatten(1)).view_as(self.mean) / self.rank**0.5
+
+    @override
+    def linear(self, x: Tensor, rows: LowRankRows, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
+        weight, left_rows = self.mean, rows.left
+        if part is not None:
+            weight, left_rows = weight[part], left_rows[:, :, part]
+        y = mean_linear(x, weight.T, bias)
+        for left, right in zip(left_rows.unbind(1), rows.right.unbind(1), strict=True):
             along = (x * over_rows(right, x)).sum(-1, keepdim=True)
             y.addcmul_(along, over_rows(left, x))
         return y
 
     @override
-    def weight_noise(self, member: int) -> Tensor:
-        index = torch.tensor([member], device=self.weight.device)
-        source = self.members.source_of(index)
-        product = self.left[source][0].T @ self.right[source][0]
-        return product * (self.members.sign_of(index).to(product.dtype) / self.rank**0.5)
+    def embedding(self, index: Tensor, rows: LowRankRows) -> Tensor:
+        y = F.embedding(index, self.mean)
+        for left, right in zip(rows.left.unbind(1), rows.right.unbind(1), strict=True):
+            y = torch.addcmul(y, over_index(left, index)[..., None], over_rows(right, y))
+        return y
 
     @override
-    def weighted_weight_sum(self, v: Tensor) -> Tensor:
-        left = (self.left * v[:, None, None]).flatten(0, 1)
-        return left.T @ self.right.flatten(0, 1) / self.rank**0.5
+    def apply(self, operation: Operation, x: Tensor, rows: LowRankRows) -> Tensor:
+        y = operation.shared(x, self.mean)
+        for left, right in zip(rows.left.unbind(1), rows.right.unbind(1), strict=True):
+            y = y + operation.outer(x, left, right)
+        return y
 
 
 @dataclass(frozen=True)
@@ -82,7 +104,7 @@ class LowRank(Family):
             raise UserError(f"rank must be at least 1, got {self.rank}")
 
     @override
-    def linear(
-        self, weight: Tensor, bias: Tensor | None, sigma: float, members: Members, address: Address
-    ) -> LowRankLinear:
-        return LowRankLinear(weight, bias, sigma, members, address, self.rank)
+    def matrix(
+        self, mean: Tensor, sigma: float, members: Members, address: Address, still: int | None = None
+    ) -> LowRankPerturbation:
+        return LowRankPerturbation(mean, sigma, members, address, self.rank, still)

@@ -1,0 +1,192 @@
+"""Uses of a weight other than in a linear layer, for one weight shared by all rows and for one weight in every row.
+
+Each is bilinear in its input and its weight ``(d0, d1, *rest)``, so flipping input and output channels is as good as flipping
+the weight. Letters: ``n`` rows (one member each), ``B`` examples of each member, ``C`` channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+
+class Operation(ABC):
+    """One use of a weight.
+
+    Attributes:
+        input_dim: the dimension of the weight (0 or 1) that runs over the input channels; the other runs over the output.
+    """
+
+    input_dim: int = 1
+
+    @abstractmethod
+    def shared(self, x: Tensor, weight: Tensor) -> Tensor:
+        """All rows of ``x`` with one weight ``(d0, d1, *rest)``."""
+
+    @abstractmethod
+    def each(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Row ``i`` of ``x`` with ``weights[i]``, ``(n, d0, d1, *rest)``."""
+
+    @abstractmethod
+    def scale_input(self, x: Tensor, v: Tensor) -> Tensor:
+        """Multiply the input channels of row ``i`` by ``v[i]``, ``(n, size of the weight's input dimension)``."""
+
+    @abstractmethod
+    def scale_output(self, y: Tensor, v: Tensor) -> Tensor:
+        """Multiply the output channels of row ``i`` by ``v[i]``, ``(n, size of the weight's output dimension)``."""
+
+    @abstractmethod
+    def outer(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Row ``i`` of ``x`` with the weight ``left[i] (x) right[i]``; ``left`` (n, d0), ``right`` (n, d1, *rest)."""
+
+
+@dataclass(frozen=True)
+class Convolution(Operation):
+    """A convolution over ``len(stride)`` dimensions: ``(n, [B,] C, *space)``, weight ``(out, in / groups, *kernel)``.
+
+    Attributes:
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of the space."""
+        return len(self.stride)
+
+    def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+        return convolve(x, weight, None, self.stride, self.padding, self.dilation, groups)
+
+    @override
+    def shared(self, x: Tensor, weight: Tensor) -> Tensor:
+        return _folded(x, self.dims + 1, lambda flat: self._convolve(flat, weight, self.groups))
+
+    @override
+    def each(self, x: Tensor, weights: Tensor) -> Tensor:
+        n = len(weights)
+        return _members_as_groups(
+            x, self.dims + 1, lambda wide: self._convolve(wide, weights.flatten(0, 1), n * self.groups)
+        )
+
+    @override
+    def scale_input(self, x: Tensor, v: Tensor) -> Tensor:
+        return x * over_channels(v.repeat(1, self.groups), x, self.dims)
+
+    @override
+    def scale_output(self, y: Tensor, v: Tensor) -> Tensor:
+        return y * over_channels(v, y, self.dims)
+
+    @override
+    def outer(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        along = self.each(x, right[:, None].expand(-1, self.groups, *right.shape[1:]))  # one channel for each group
+        return self.scale_output(along.repeat_interleave(left.shape[1] // self.groups, dim=-1 - self.dims), left)
+
+
+@dataclass(frozen=True)
+class TransposedConvolution(Operation):
+    """A transposed convolution: ``(n, [B,] C, *space)``, weight ``(in, out / groups, *kernel)``.
+
+    Attributes:
+        stride, padding, output_padding, groups, dilation: as in ``torch.nn.functional.conv_transpose2d``.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    dilation: tuple[int, ...]
+
+    input_dim = 0
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of the space."""
+        return len(self.stride)
+
+    def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
+        return convolve(x, weight, None, self.stride, self.padding, self.output_padding, groups, self.dilation)
+
+    @override
+    def shared(self, x: Tensor, weight: Tensor) -> Tensor:
+        return _folded(x, self.dims + 1, lambda flat: self._convolve(flat, weight, self.groups))
+
+    @override
+    def each(self, x: Tensor, weights: Tensor) -> Tensor:
+        n = len(weights)
+        return _members_as_groups(
+            x, self.dims + 1, lambda wide: self._convolve(wide, weights.flatten(0, 1), n * self.groups)
+        )
+
+    @override
+    def scale_input(self, x: Tensor, v: Tensor) -> Tensor:
+        return x * over_channels(v, x, self.dims)
+
+    @override
+    def scale_output(self, y: Tensor, v: Tensor) -> Tensor:
+        return y * over_channels(v.repeat(1, self.groups), y, self.dims)
+
+    @override
+    def outer(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        channels = -1 - self.dims
+        along = self.scale_input(x, left).unflatten(channels, (self.groups, -1)).sum(channels)  # one for each group
+        return self.each(along, right[:, None].expand(-1, self.groups, *right.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Bilinear(Operation):
+    """``y = x W other`` for every output: ``(n, ..., in1)``, weight ``(out, in1, in2)``; ``other`` is ``(n, ..., in2)``."""
+
+    other: Tensor
+
+    @override
+    def shared(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.bilinear(x, self.other, weight)
+
+    @override
+    def each(self, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.einsum("n...i,noij,n...j->n...o", x, weights, self.other)
+
+    @override
+    def scale_input(self, x: Tensor, v: Tensor) -> Tensor:
+        return x * over_channels(v, x, 0)
+
+    @override
+    def scale_output(self, y: Tensor, v: Tensor) -> Tensor:
+        return y * over_channels(v, y, 0)
+
+    @override
+    def outer(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        along = torch.einsum("n...i,nij,n...j->n...", x, right, self.other)
+        return along[..., None] * over_channels(left, x, 0)
+
+
+def over_channels(v: Tensor, like: Tensor, dims: int) -> Tensor:
+    """Reshape ``(n, C)`` to broadcast over ``like``, ``(n, ..., C, *space)`` with ``dims`` dimensions of space."""
+    return v.view(len(v), *(1,) * (like.ndim - 2 - dims), v.shape[1], *(1,) * dims)
+
+
+def _folded(x: Tensor, kept: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply ``function`` with all but the last ``kept`` dimensions folded into one."""
+    lead = x.shape[: x.ndim - kept]
+    return function(x.reshape(-1, *x.shape[x.ndim - kept :])).unflatten(0, lead)
+
+
+def _members_as_groups(x: Tensor, kept: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``(n, [B,] C, *space)`` as ``(B, n C, *space)`` through ``function``, and back."""
+    n, single = len(x), x.ndim == kept + 1
+    batched = x[:, None] if single else x
+    wide = function(batched.transpose(0, 1).flatten(1, 2))
+    y = wide.unflatten(1, (n, -1)).transpose(0, 1)
+    return y[:, 0] if single else y
