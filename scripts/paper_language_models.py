@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,30 +64,39 @@ class Model:
     paper: str
 
 
-MODELS = (
-    Model(
-        "character", 128, 1, 64, 128, 50, 32, 160_000, 40_000, 12, 0.002, 1.0, "1 layer of 1000, 100 symbols, batch 32"
-    ),
-    Model(
-        "word",
-        96,
-        2,
-        96,
-        2000,
-        35,
-        20,
-        60_000,
-        15_000,
-        12,
-        20.0,
-        0.25,
-        "2 layers of 650, 35 symbols, batch 40, 100 epochs",
-    ),
+CHARACTERS = Model(
+    level="character",
+    units=128,
+    layers=1,
+    embedding=64,
+    vocabulary=128,
+    length=50,
+    batch=32,
+    train_symbols=80_000,
+    test_symbols=40_000,
+    epochs=24,
+    learning_rate=0.002,
+    clip=1.0,
+    paper="1 layer of 1000, 100 symbols, batch 32",
 )
-QUICK = (
-    Model("character", 24, 1, 16, 128, 20, 16, 3200, 2000, 2, 0.002, 1.0, ""),
-    Model("word", 16, 2, 16, 200, 15, 10, 1500, 1000, 2, 5.0, 0.25, ""),
+WORDS = Model(
+    level="word",
+    units=96,
+    layers=2,
+    embedding=96,
+    vocabulary=2000,
+    length=35,
+    batch=20,
+    train_symbols=40_000,
+    test_symbols=15_000,
+    epochs=18,
+    learning_rate=20.0,
+    clip=0.25,
+    paper="2 layers of 650, 35 symbols, batch 40, 100 epochs",
 )
+MODELS = (CHARACTERS, WORDS)
+_LESS: dict[str, Any] = {"units": 16, "embedding": 16, "length": 15, "batch": 10, "test_symbols": 1000, "epochs": 2}
+QUICK = (replace(CHARACTERS, train_symbols=3000, **_LESS), replace(WORDS, train_symbols=1500, vocabulary=200, **_LESS))
 SEEDS = 2
 
 

@@ -324,16 +324,20 @@ def table(out: Path) -> str:
                 )
     lines += [
         "",
+        "Local reparameterization lies below already at N = 1: its gradient of the mean weights passes through the standard deviation",
+        "of an output, where the noises of all inputs are averaged. Where flipout bends, gamma shows: it grows as layers get smaller",
+        "than the paper's. Conv1 with one input channel is the extreme: one input sign for the whole filter bank.",
+        "",
         "**Theorem 2: the constants** (the paper: alpha ≫ beta ≫ gamma, without figures)",
         "",
-        "| layer | alpha | beta + gamma | gamma | alpha ÷ beta: shared bends at N about | alpha ÷ gamma: flipout would |",
+        "| layer | alpha | beta + gamma | gamma | alpha ÷ beta: shared bends at N about | alpha ÷ gamma: flipout bends at N about |",
         "|---|---|---|---|---|---|",
     ]
     for layer in layers:
         (alpha, alpha_error), (both, both_error), (gamma, gamma_error) = (
             constants[layer, q] for q in ("alpha", "beta+gamma", "gamma")
         )
-        bend = f"{alpha / gamma:,.0f}" if gamma > 2 * gamma_error else "beyond what was resolved"
+        bend = f"{alpha / gamma:,.0f}" if gamma > 2 * gamma_error else "gamma not resolved"
         lines.append(
             f"| {layer} | {alpha:.2e} ± {alpha_error:.0e} | {both:.2e} ± {both_error:.0e} | "
             f"{gamma:.1e} ± {gamma_error:.0e} | {alpha / (both - max(0.0, gamma)):,.0f} | {bend} |"
