@@ -324,13 +324,14 @@ def table(out: Path) -> str:
                 )
     lines += [
         "",
-        "Local reparameterization lies below already at N = 1: its gradient of the mean weights passes through the standard deviation",
-        "of an output, where the noises of all inputs are averaged. Where flipout bends, gamma shows: it grows as layers get smaller",
-        "than the paper's. Conv1 with one input channel is the extreme: one input sign for the whole filter bank.",
+        "Local reparameterization lies below already at N = 1: its gradient of the mean weights passes through the",
+        "standard deviation of an output, where the noises of all inputs are averaged. Where flipout bends, gamma shows:",
+        "it is larger in layers smaller than the paper's. A first convolution with one input channel is the extreme: one",
+        "input sign for the whole filter bank.",
         "",
         "**Theorem 2: the constants** (the paper: alpha ≫ beta ≫ gamma, without figures)",
         "",
-        "| layer | alpha | beta + gamma | gamma | alpha ÷ beta: shared bends at N about | alpha ÷ gamma: flipout bends at N about |",
+        "| layer | alpha | beta + gamma | gamma | shared bends at N ≈ alpha ÷ beta | flipout bends at N ≈ alpha ÷ gamma |",
         "|---|---|---|---|---|---|",
     ]
     for layer in layers:
