@@ -39,7 +39,7 @@ class Protocol:
     """The paper: batch 8192 of MNIST's 60,000, ConvLe with 32 and 64 filters and 1024 units, 30k and 6k iterations."""
 
     batch: int = 1024
-    iterations: tuple[tuple[str, int], ...] = (("FC", 250), ("Conv", 250))
+    iterations: tuple[tuple[str, int], ...] = (("FC", 200), ("Conv", 250))
     seeds: int = 3
     learning_rate: float = 0.003
     initial_scale: float = 0.05

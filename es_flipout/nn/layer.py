@@ -8,7 +8,8 @@ Estimators of the same noise, n examples in a batch:
 - ``independent``: a weight sample of its own for each example; n weight matrices in memory. The reference.
 - ``local_reparameterization``: noise drawn on the outputs (Kingma et al., 2015); fully connected layers and Gaussian noise only.
 
-An example is one entry of the batch dimension. All its pixels, time steps and other inner dimensions see the same weights.
+An example is one entry of the first dimension (in recurrent layers, of the batch dimension that ``batch_first`` names). All its
+pixels, time steps and other inner dimensions see the same weights.
 Noisy biases are vectors and cost nothing: each example has its own, except with ``shared``.
 """
 
@@ -105,7 +106,8 @@ class NoisyLayer(nn.Module):
         *args: those of the torch.nn twin.
         noise: distribution of the weights.
         estimator: how the examples of a batch share the noise; see the module.
-        generator: source of the random numbers, on the device of the layer; torch's own where None.
+        generator: source of the random numbers, on the device of the layer; torch's own where None. torch.compile steps
+            around draws from a generator of your own, so ``fullgraph=True`` needs None.
         **kwargs: those of the torch.nn twin.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -20,24 +20,28 @@ from es_flipout.errors import UserError
 
 def signs(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
     """Exactly +1 or -1 with equal chances, with the dtype and device of ``like``."""
-    return torch.randint(2, shape, dtype=like.dtype, device=like.device, generator=generator).mul_(2).sub_(1)
+    drawn = torch.randint(2, shape, dtype=like.dtype, device=like.device, **_from(generator))
+    return drawn.mul_(2).sub_(1)
 
 
 def normals(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
     """Standard normal numbers, with the dtype and device of ``like``."""
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    return torch.randn(shape, dtype=like.dtype, device=like.device, **_from(generator))
+
+
+def _from(generator: Generator | None) -> dict[str, Any]:
+    """Only where there is one: torch.compile cannot follow ``generator=None`` where the batch size varies."""
+    return {} if generator is None else {"generator": generator}
 
 
 class Noise(ABC):
     """A distribution of weights around their mean: W = mean + scale * unit.
 
     Attributes:
-        learned_scale: layers get a parameter ``<name>_rho`` for each noisy parameter.
         gaussian: unit noise is normal, so local reparameterization exists.
         covers_bias: biases are noisy too; where not, they stay deterministic.
     """
 
-    learned_scale: ClassVar[bool] = False
     gaussian: ClassVar[bool] = True
     covers_bias: ClassVar[bool] = False
 
@@ -61,7 +65,6 @@ class AdditiveGaussian(Noise):
         prior_scale: standard deviation of the prior of every weight, which has mean 0.
     """
 
-    learned_scale = True
     covers_bias = True
 
     initial_scale: float = 0.05

@@ -167,10 +167,10 @@ def test_gradient_of_each_example_is_that_of_its_dense_layer(case: Case, noise: 
             mean, weight = parameters[name].detach(), dense[name].detach()
             to_dense = dense[name].grad
             assert to_dense is not None
-            proportional = not noise.learned_scale and name in layer._noisy
+            proportional = not isinstance(noise, AdditiveGaussian) and name in layer._noisy
             factor = weight / mean if proportional else torch.ones_like(mean)
             torch.testing.assert_close(grads[name], to_dense * factor, rtol=1e-8, atol=1e-10)
-            if noise.learned_scale:
+            if isinstance(noise, AdditiveGaussian):
                 rho = parameters[f"{name}_rho"].detach()
                 unit = (weight - mean) / F.softplus(rho)
                 expected = to_dense * unit * rho.sigmoid()
@@ -290,7 +290,7 @@ def test_eval_is_the_mean_twin(case: Case, noise: Noise) -> None:
     missing, unexpected = layer.load_state_dict(twin.state_dict(), strict=False)
     assert not unexpected
     assert all(name.endswith("_rho") for name in missing)
-    assert bool(missing) == noise.learned_scale
+    assert bool(missing) == isinstance(noise, AdditiveGaussian)
     assert list(twin.state_dict()) == list(means)
 
 
@@ -400,3 +400,22 @@ def compare_compiled(layer: nn.Module, compiled: Any, x: Tensor) -> None:
     torch.testing.assert_close(y, expected)
     for parameter, grad in zip(layer.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own, where it breaks a graph
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "local_reparameterization"])
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["global", "generator"])
+def test_compiles_for_any_batch_size(estimator: Estimator, generator: torch.Generator | None) -> None:
+    layer = FlipoutLinear(4, 3, noise=NOISES["additive"], estimator=estimator, generator=generator)
+    compiled = torch.compile(layer, backend="eager", fullgraph=generator is None)
+    for n in (3, 4, 5):
+        y = compiled(torch.randn(n, 4))
+        assert y.shape == (n, 3)
+        y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_recurrent_layers_compile_around() -> None:
+    layer = FlipoutGRU(3, 4, noise=NOISES["additive"])
+    compiled = torch.compile(nn.Sequential(nn.Linear(2, 3), layer), backend="eager")
+    assert compiled(torch.randn(5, 6, 2))[0].shape == (5, 6, 4)
