@@ -3,7 +3,8 @@
 python scripts/paper_es.py --quick                                           # under a minute, into runs/paper_es_quick
 python scripts/paper_es.py --out results/paper_es_<hardware>_<yyyy-mm>       # a quarter of an hour of one core
 python scripts/paper_es.py --out ... --render                                # only table.md and figure.png again
-python scripts/paper_es.py --out ... --data mnist --data-dir DIR --width 512 --filters 32 --updates 12000 --device cuda
+python scripts/paper_es.py --out ... --data mnist --data-dir DIR --width 512 --filters 32 --updates 12000 \\
+    --conv-updates 4000 --device cuda --processes 1                          # the paper's own sizes
 
 The question is whether flipout loses anything, update by update, against an independent perturbation for every sample. From
 the paper: the shapes of the networks, 1,600 and 5,000 samples for each update, N = 40 flips for each base, neither antithetic
@@ -80,7 +81,8 @@ class Setting:
         batch: images of a mini-batch.
         sigma: perturbation standard deviation.
         learning_rate, backprop_learning_rate: of Adam.
-        updates: of one run.
+        updates: of one run of FC.
+        conv_updates: of one run of ConvLe.
         score_every: updates between two scorings of the mean on all images.
         draws: gradient estimates compared with the true gradient, for each seed.
         device: where to compute; CPU runs use one thread each.
@@ -95,6 +97,7 @@ class Setting:
     learning_rate: float = 0.02
     backprop_learning_rate: float = 0.01
     updates: int = 100
+    conv_updates: int = 40
     score_every: int = 2
     draws: int = 6
     device: str = "cpu"
@@ -112,10 +115,7 @@ class Job:
 
 
 class ConvLe(nn.Module):
-    """The paper's LeNet: 5x5 convolutions with padding, ReLU, 2x2 max pooling after each; two fully connected layers.
-
-    Takes ``(..., C, H, W)``: a population feeds each member a mini-batch of its own.
-    """
+    """The paper's LeNet: 5x5 convolutions with padding, ReLU, 2x2 max pooling after each; two fully connected layers."""
 
     def __init__(self, shape: tuple[int, int, int], filters: int, classes: int) -> None:
         super().__init__()
@@ -126,11 +126,10 @@ class ConvLe(nn.Module):
         self.output = nn.Linear(4 * filters, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., C, H, W)`` to ``(..., classes)``."""
+        """``(B, C, H, W)`` to ``(B, classes)``."""
         for convolution in (self.conv1, self.conv2):
-            x = convolution(x).relu()
-            x = F.max_pool2d(x.flatten(0, -4), 2).unflatten(0, x.shape[:-3])
-        return self.output(self.hidden(x.flatten(-3)).relu())
+            x = F.max_pool2d(convolution(x).relu(), 2)
+        return self.output(self.hidden(x.flatten(1)).relu())
 
 
 def main() -> None:
@@ -143,7 +142,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=("fc", "conv"), default=["fc", "conv"])
     parser.add_argument("--width", type=int, default=Setting.width, help="hidden units of FC")
     parser.add_argument("--filters", type=int, default=Setting.filters, help="of ConvLe's first convolution")
-    parser.add_argument("--updates", type=int, default=Setting.updates)
+    parser.add_argument("--updates", type=int, default=Setting.updates, help="of FC")
+    parser.add_argument("--conv-updates", type=int, default=Setting.conv_updates, help="of ConvLe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=default_processes())
@@ -154,8 +154,9 @@ def main() -> None:
             raise UserError("say where the results go: --out DIRECTORY (or --quick)")
         options.out = Path("runs/paper_es_quick")
     if not options.render:
-        if options.updates < Setting.score_every:
-            raise UserError(f"updates must be at least {Setting.score_every}, got {options.updates}")
+        fewest = min(options.updates, options.conv_updates)
+        if fewest < 10:
+            raise UserError(f"updates must be at least 10, got {fewest}")
         load_images(options.data, options.data_dir)  # complains now about missing files
         setting = Setting(
             data=options.data,
@@ -163,7 +164,8 @@ def main() -> None:
             width=options.width,
             filters=options.filters,
             updates=options.updates,
-            score_every=max(options.updates // 50, 2),
+            conv_updates=options.conv_updates,
+            score_every=max(min(options.updates, options.conv_updates) // 50, 2),
             device=options.device,
         )
         run_all(list(jobs_of(options, setting)), options.out, options.processes)
@@ -177,20 +179,26 @@ def main() -> None:
 def jobs_of(options: argparse.Namespace, setting: Setting) -> Iterator[Job]:
     """The runs, those of one seed together; the costly ones have fewer seeds or methods."""
     if options.quick:
-        setting = dataclasses.replace(setting, updates=10, score_every=2, draws=2)
+        setting = dataclasses.replace(setting, updates=10, conv_updates=10, score_every=2, draws=2)
         for network in options.networks:
             for method in (*PAPERS_OWN, BACKPROP):
                 yield Job(network, 0 if method == BACKPROP else 10 * FLIPS, method, 0, setting)
         return
+    few = options.seeds[:3]
     for seed in options.seeds:
-        for network in options.networks:
-            yield Job(network, 0, BACKPROP, seed, setting)
-            for method in FAMILIES if network == "fc" else PAPERS_OWN:
-                yield Job(network, 1600, method, seed, setting)
-    for seed in options.seeds[:3]:
-        for method in (*PAPERS_OWN, "flipout ±1, one base", "low rank 1"):
-            if "fc" in options.networks:
+        if "fc" in options.networks:
+            yield Job("fc", 0, BACKPROP, seed, setting)
+            for method in FAMILIES:
+                yield Job("fc", 1600, method, seed, setting)
+    for seed in few:
+        if "fc" in options.networks:
+            for method in (*PAPERS_OWN, "flipout ±1, one base", "low rank 1"):
                 yield Job("fc", 5000, method, seed, setting)
+    for seed in few:
+        if "conv" in options.networks:
+            yield Job("conv", 0, BACKPROP, seed, setting)
+            for method in PAPERS_OWN:
+                yield Job("conv", 1600, method, seed, setting)
 
 
 def run_all(jobs: list[Job], out: Path, processes: int) -> None:
@@ -227,13 +235,14 @@ def run(job: Job) -> tuple[dict[str, object], list[dict[str, object]], list[dict
 
     torch.set_num_threads(1)
     setting = job.setting
+    updates = setting.conv_updates if job.network == "conv" else setting.updates
     data = on_device(load_images(setting.data, setting.data_dir).standardised(), setting.device)
     module = network(job, data)
     name = {"network": job.network, "samples": job.samples, "method": job.method, "seed": job.seed}
     update = backprop(module, job) if job.samples == 0 else evolution(module, job)
     curve: list[dict[str, object]] = []
     seconds = []
-    for i, (x, y) in enumerate(batches(data, setting.batch, setting.updates, job.seed)):
+    for i, (x, y) in enumerate(batches(data, setting.batch, updates, job.seed)):
         start = clock(setting.device)
         mean = update(x, y)
         seconds.append(clock(setting.device) - start)
@@ -242,7 +251,7 @@ def run(job: Job) -> tuple[dict[str, object], list[dict[str, object]], list[dict
     last = curve[-5:]  # the step size stays, so single scorings jump
     row: dict[str, object] = {
         **name,
-        "updates": setting.updates,
+        "updates": updates,
         **{
             key: statistics.mean(float(str(r[key])) for r in last)
             for key in ("train_loss", "train_error", "test_error")
@@ -385,7 +394,8 @@ def _learning(rows: list[dict[str, str]], setting: Setting) -> list[str]:
     lines = [
         f"Data: **{setting.data}** ({_SOURCES[setting.data]}; the paper's is MNIST). "
         f"FC: {setting.width}-{setting.width}-10; Conv: LeNet with {setting.filters} and {2 * setting.filters} filters and "
-        f"{4 * setting.filters} hidden units. {setting.updates} updates, mini-batches of {setting.batch}, "
+        f"{4 * setting.filters} hidden units. {setting.updates} updates (ConvLe: {setting.conv_updates}), "
+        f"mini-batches of {setting.batch}, "
         f"sigma {setting.sigma}, Adam with step {setting.learning_rate} (backprop: {setting.backprop_learning_rate}). "
         "Mean ± standard error over the seeds; final values are means of the last five scorings. The difference is the mean "
         "of the differences of runs from the same seed.",
