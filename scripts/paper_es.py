@@ -1,10 +1,10 @@
-"""Evolution strategies on a classifier: figures 2b to 2d of the Flipout paper (Wen et al., ICLR 2018, sections 4.4 and E.3).
+r"""Evolution strategies on a classifier: figures 2b to 2d of the Flipout paper (Wen et al., ICLR 2018, sections 4.4 and E.3).
 
 python scripts/paper_es.py --quick                                           # under a minute, into runs/paper_es_quick
 python scripts/paper_es.py --out results/paper_es_<hardware>_<yyyy-mm>       # a quarter of an hour of one core
 python scripts/paper_es.py --out ... --render                                # only table.md and figure.png again
-python scripts/paper_es.py --out ... --data mnist --data-dir DIR --width 512 --filters 32 --updates 12000 \\
-    --conv-updates 4000 --device cuda --processes 1                          # the paper's own sizes
+python scripts/paper_es.py --out ... --data mnist --data-dir DIR --width 512 --filters 32 --conv-hidden 1024 \
+    --updates 12000 --conv-updates 4000 --device cuda --processes 1          # the paper's own sizes
 
 The question is whether flipout loses anything, update by update, against an independent perturbation for every sample. From
 the paper: the shapes of the networks, 1,600 and 5,000 samples for each update, N = 40 flips for each base, neither antithetic
@@ -77,7 +77,8 @@ class Setting:
     Attributes:
         data, data_dir: images, and where their files are.
         width: hidden units of FC (paper: 512).
-        filters: of ConvLe's first convolution; the second has twice, the hidden layer 4 times as many (paper: 32, 64, 1024).
+        filters: of ConvLe's first convolution, the second has twice as many (paper: 32).
+        conv_hidden: hidden units of ConvLe (paper: 1024).
         batch: images of a mini-batch.
         sigma: perturbation standard deviation.
         learning_rate, backprop_learning_rate: of Adam.
@@ -92,6 +93,7 @@ class Setting:
     data_dir: str | None = None
     width: int = 32
     filters: int = 8
+    conv_hidden: int = 32
     batch: int = 64
     sigma: float = 0.1
     learning_rate: float = 0.02
@@ -117,13 +119,13 @@ class Job:
 class ConvLe(nn.Module):
     """The paper's LeNet: 5x5 convolutions with padding, ReLU, 2x2 max pooling after each; two fully connected layers."""
 
-    def __init__(self, shape: tuple[int, int, int], filters: int, classes: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], filters: int, hidden: int, classes: int) -> None:
         super().__init__()
         channels, height, width = shape
         self.conv1 = nn.Conv2d(channels, filters, 5, padding=2)
         self.conv2 = nn.Conv2d(filters, 2 * filters, 5, padding=2)
-        self.hidden = nn.Linear(2 * filters * (height // 4) * (width // 4), 4 * filters)
-        self.output = nn.Linear(4 * filters, classes)
+        self.hidden = nn.Linear(2 * filters * (height // 4) * (width // 4), hidden)
+        self.output = nn.Linear(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, classes)``."""
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=("fc", "conv"), default=["fc", "conv"])
     parser.add_argument("--width", type=int, default=Setting.width, help="hidden units of FC")
     parser.add_argument("--filters", type=int, default=Setting.filters, help="of ConvLe's first convolution")
+    parser.add_argument("--conv-hidden", type=int, default=Setting.conv_hidden, help="hidden units of ConvLe")
     parser.add_argument("--updates", type=int, default=Setting.updates, help="of FC")
     parser.add_argument("--conv-updates", type=int, default=Setting.conv_updates, help="of ConvLe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -163,6 +166,7 @@ def main() -> None:
             data_dir=options.data_dir,
             width=options.width,
             filters=options.filters,
+            conv_hidden=options.conv_hidden,
             updates=options.updates,
             conv_updates=options.conv_updates,
             score_every=max(min(options.updates, options.conv_updates) // 50, 2),
@@ -267,7 +271,8 @@ def network(job: Job, data: Images) -> nn.Module:
     """The mean that the runs of one seed start from."""
     torch.manual_seed(job.seed)
     if job.network == "conv":
-        return ConvLe(data.shape, job.setting.filters, data.classes).to(job.setting.device)
+        setting = job.setting
+        return ConvLe(data.shape, setting.filters, setting.conv_hidden, data.classes).to(setting.device)
     width = job.setting.width
     return nn.Sequential(
         nn.Flatten(-3),
@@ -394,7 +399,7 @@ def _learning(rows: list[dict[str, str]], setting: Setting) -> list[str]:
     lines = [
         f"Data: **{setting.data}** ({_SOURCES[setting.data]}; the paper's is MNIST). "
         f"FC: {setting.width}-{setting.width}-10; Conv: LeNet with {setting.filters} and {2 * setting.filters} filters and "
-        f"{4 * setting.filters} hidden units. {setting.updates} updates (ConvLe: {setting.conv_updates}), "
+        f"{setting.conv_hidden} hidden units. {setting.updates} updates (ConvLe: {setting.conv_updates}), "
         f"mini-batches of {setting.batch}, "
         f"sigma {setting.sigma}, Adam with step {setting.learning_rate} (backprop: {setting.backprop_learning_rate}). "
         "Mean ± standard error over the seeds; final values are means of the last five scorings. The difference is the mean "
