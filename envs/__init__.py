@@ -2,6 +2,7 @@
 
 from es_flipout.envs.base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError
 from es_flipout.envs.make import make_env, native_env_ids
+from es_flipout.envs.observed import SelectObservation
 from es_flipout.envs.registration import register_native_envs
 from es_flipout.envs.vector import NativeVectorEnv
 
@@ -9,6 +10,7 @@ __all__ = [
     "BatchEnv",
     "EnvironmentFailureError",
     "NativeVectorEnv",
+    "SelectObservation",
     "UnsupportedEnvironmentError",
     "make_env",
     "native_env_ids",

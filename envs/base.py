@@ -52,6 +52,11 @@ class BatchEnv(ABC):
     backend: str
     diverged: Tensor
 
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """The shape of one slot's observation before it was flattened to ``(O,)``, for instance of an image."""
+        return self.observation_space.shape
+
     @abstractmethod
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
         """Start a new episode in the slots chosen by ``mask``; the other slots are untouched.

@@ -23,9 +23,10 @@ class Freezable(gymnasium.Wrapper):
     after it ended. Both are answered with the last observation, without touching the environment.
     """
 
-    def __init__(self, env: gymnasium.Env) -> None:
-        """Wrap ``env``."""
+    def __init__(self, env: gymnasium.Env, observation_shape: tuple[int, ...] | None) -> None:
+        """Wrap ``env``, whose observations had ``observation_shape`` before they were flattened (None: not an array)."""
         super().__init__(env)
+        self.observation_shape = observation_shape
         self.action_space = gymnasium.spaces.Tuple((Discrete(2), env.action_space))
         self._last: Any = None
 
@@ -93,8 +94,15 @@ class GymnasiumBatchEnv(BatchEnv):
         except UnsupportedEnvironmentError:
             self.close()
             raise
+        before: tuple[tuple[int, ...] | None, ...] = self._envs.get_attr("observation_shape")  # pyright: ignore[reportAttributeAccessIssue]
+        self._observation_shape = before[0] or self.observation_space.shape
         self.action_space = _shown_action_space(self._inner_action_space)
         self._observation = np.zeros((num_envs, *self.observation_space.shape), self.observation_space.dtype)
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """See :class:`BatchEnv`."""
+        return self._observation_shape
 
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
         """See :meth:`BatchEnv.reset`."""
@@ -150,7 +158,7 @@ def _prepare(env: gymnasium.Env) -> Freezable:
     space = env.observation_space
     if not isinstance(space, Box) or len(space.shape) != 1:
         env = gymnasium.wrappers.FlattenObservation(env)
-    return Freezable(env)
+    return Freezable(env, space.shape)
 
 
 def _flat_box(env_id: str, space: gymnasium.Space) -> Box:

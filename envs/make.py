@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -14,6 +15,7 @@ from es_flipout.envs.classic import CLASSIC_TASKS
 from es_flipout.envs.gymnasium_adapter import GymnasiumBatchEnv
 from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
 from es_flipout.envs.native import NativeBatchEnv, build_task
+from es_flipout.envs.observed import ObservedBatchEnv
 from es_flipout.envs.torch_env import TorchBatchEnv
 
 NAMESPACE = "es_flipout/"
@@ -31,6 +33,7 @@ def make_env(
     *,
     threads: int | None = None,
     vectorization_mode: str = "sync",
+    observed: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> BatchEnv:
     """Make a batch of environments, with our own implementation of ``env_id`` where there is one.
@@ -41,12 +44,16 @@ def make_env(
         device: where the tensors live; only the torch backend runs elsewhere than on the CPU.
         threads: physics threads of the MuJoCo backend, by default one per usable core. Others ignore it.
         vectorization_mode: ``"sync"`` or ``"async"`` (a process per slot), for ids without our own implementation.
+        observed: entries of the observation to show, in this order; by default all.
         **kwargs: as for ``gymnasium.make(env_id, **kwargs)``.
 
     Raises:
         UnsupportedEnvironmentError: the id, a keyword, a space or the device is not supported.
         ValueError: ``num_envs`` is not positive.
     """
+    if observed is not None:
+        whole = make_env(env_id, num_envs, device, threads=threads, vectorization_mode=vectorization_mode, **kwargs)
+        return ObservedBatchEnv(whole, observed)
     env_id = env_id.removeprefix(NAMESPACE)
     if env_id in native_env_ids():
         return make_native_env(env_id, num_envs, device, threads=threads, **kwargs)

@@ -10,34 +10,56 @@ from torch import Tensor, nn
 
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
-from es_flipout.observation_norm import Identity, ObservationNorm
-from es_flipout.policies import MLP, ActionMap, Linear, check_observation_space
+from es_flipout.observation_norm import BoundsNorm, Identity, ObservationNorm
+from es_flipout.policies import MLP, ActionMap, ConvNet, Linear, Recurrent, check_observation_space, initial_state
 
 
 class Agent:
     """Observations in, actions out, deterministically.
 
     Attributes:
-        module: the network, ``(n, O)`` to ``(n, outputs)``.
+        module: the network, ``(n, O)`` to ``(n, outputs)``; with memory, as :class:`es_flipout.policies.Recurrent`.
         norm: applied to observations before the network.
         action_map: turns outputs into actions.
     """
 
-    def __init__(self, config: TrainConfig, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+        observation_shape: tuple[int, ...] | None = None,
+    ) -> None:
         """An untrained agent of the configured kind.
+
+        Args:
+            config: says which kind.
+            observation_space: one-dimensional.
+            action_space: ``Discrete`` or a one-dimensional ``Box``.
+            observation_shape: the observations' shape before they were flattened, which a convolutional policy needs.
 
         Raises:
             UserError: a space is not supported.
         """
         obs_dim = check_observation_space(observation_space)
         self.action_map = ActionMap(action_space, config.squash)
-        self.norm = ObservationNorm(obs_dim) if config.observation_norm else Identity()
-        self.module = _policy(config, obs_dim, self.action_map.size)
+        if config.policy == "convnet":
+            assert isinstance(observation_space, gymnasium.spaces.Box)
+            self.norm = BoundsNorm(observation_space)
+        else:
+            self.norm = ObservationNorm(obs_dim) if config.observation_norm else Identity()
+        self.module = _policy(config, obs_dim, observation_shape or (obs_dim,), self.action_map.size)
+
+    def initial_state(self, rows: int) -> Tensor | None:
+        """What the policy remembers at the start of an episode, ``(rows, state size)``; None without memory."""
+        return initial_state(self.module, rows, next(self.module.parameters()).device)
 
     @torch.no_grad()
-    def __call__(self, obs: Tensor) -> Tensor:
-        """``(n, O)`` observations to ``(n,)`` or ``(n, A)`` actions."""
-        return self.action_map(self.module(self.norm(obs)))
+    def act(self, obs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``(n, O)`` observations and the state to ``(n,)`` or ``(n, A)`` actions and the next state."""
+        x = self.norm(obs)
+        output, state = (self.module(x), None) if state is None else self.module(x, state)
+        return self.action_map(output), state
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, flat, by name."""
@@ -62,13 +84,18 @@ class Agent:
             ) from None
 
 
-def _policy(config: TrainConfig, obs_dim: int, outputs: int) -> nn.Module:
+def _policy(config: TrainConfig, obs_dim: int, shape: tuple[int, ...], outputs: int) -> nn.Module:
     generator = torch.Generator().manual_seed(config.seed)
+    gain = config.output_gain
     match config.policy:
         case "mlp":
-            return MLP(obs_dim, outputs, config.hidden, config.activation, config.output_gain, generator)
+            return MLP(obs_dim, outputs, config.hidden, config.activation, gain, generator)
         case "linear":
             return Linear(obs_dim, outputs)
+        case "recurrent":
+            return Recurrent(obs_dim, outputs, config.hidden, config.cell, gain, generator)
+        case "convnet":
+            return ConvNet(shape, outputs, config.channels, config.hidden, config.activation, gain, generator)
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

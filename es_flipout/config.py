@@ -13,7 +13,7 @@ import tyro
 
 from es_flipout.errors import UserError
 
-_NOT_ENV_KWARGS = frozenset({"env_id", "id", "num_envs", "threads", "device", "vectorization_mode"})
+_NOT_ENV_KWARGS = frozenset({"env_id", "id", "num_envs", "threads", "device", "vectorization_mode", "observed"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +62,25 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay: each step shrinks the weights by learning rate times this."""
 
-    policy: Literal["mlp", "linear"] = "mlp"
+    policy: Literal["mlp", "linear", "recurrent", "convnet"] = "mlp"
     """Kind of policy network."""
     hidden: tuple[int, ...] = (64, 64)
-    """Hidden layer sizes of the MLP."""
+    """Hidden layer sizes (of a recurrent policy: of its recurrent layers)."""
     activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "tanh"
-    """Activation of the MLP."""
+    """Activation of the hidden layers (a recurrent policy has its own)."""
+    cell: Literal["gru", "lstm"] = "gru"
+    """Cell of a recurrent policy."""
+    channels: tuple[int, ...] = (16, 32)
+    """Channels of a convolutional policy's layers, each of stride 2."""
     output_gain: float = 0.1
-    """Scale of the MLP's last layer at the start."""
+    """Scale of the network's last layer at the start."""
     squash: Literal["clip", "tanh"] = "clip"
     """How outputs are brought into a bounded action space."""
 
+    observed: tuple[int, ...] | None = None
+    """Entries of the observation that the policy sees, for instance 0 2; by default all."""
     observation_norm: bool = True
-    """Normalise observations by their running mean and standard deviation."""
+    """Normalise observations by their running mean and standard deviation (images: by the bounds of their space)."""
     remove_alive_bonus: bool = True
     """Leave the bonus for merely being alive out of what is trained on (returns that are reported keep it)."""
     start_states: Literal["pair", "generation"] = "pair"
@@ -137,6 +143,12 @@ class TrainConfig:
         if self.antithetic:
             _require(self.population_size % 2 == 0, "population_size", "even (antithetic pairs)", self.population_size)
         _require(all(size >= 1 for size in self.hidden), "hidden", "layer sizes of at least 1", self.hidden)
+        _require(all(size >= 1 for size in self.channels), "channels", "numbers of at least 1", self.channels)
+        for name, policy in (("hidden", "recurrent"), ("channels", "convnet")):
+            if self.policy == policy:
+                _require(len(getattr(self, name)) >= 1, name, f"at least one size for a {policy} policy", "none")
+        if self.observed is not None:
+            _require(all(entry >= 0 for entry in self.observed), "observed", "numbers of entries from 0", self.observed)
         _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         for name in ("weight_decay", "output_gain"):
             value = getattr(self, name)
@@ -198,9 +210,13 @@ class TrainConfig:
         """
         try:
             values = json.loads(text)
-            values["hidden"] = tuple(values["hidden"])
-            return cls(**values)
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            missing = [field.name for field in dataclasses.fields(cls) if field.name not in values]
+            if missing:
+                raise TypeError(f"it has no {', '.join(missing)}")
+            # JSON has no tuples.
+            arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**arguments)
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"not a configuration of this version of es_flipout: {error}") from None
 
 

@@ -17,6 +17,7 @@ from es_flipout.agent import Agent
 from es_flipout.config import TrainConfig
 from es_flipout.envs.base import EnvironmentFailureError
 from es_flipout.envs.make import NAMESPACE
+from es_flipout.envs.observed import SelectObservation
 from es_flipout.runinfo import versions
 
 
@@ -42,12 +43,19 @@ class Evaluation:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def make_real_env(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env:
-    """One environment of Gymnasium itself, never one of ours; observations flattened to one dimension where they are not."""
+def make_real_env(env_id: str, kwargs: dict[str, Any], observed: tuple[int, ...] | None = None) -> gymnasium.Env:
+    """One environment of Gymnasium itself, never one of ours; observations flattened to one dimension where they are not.
+
+    Args:
+        env_id: a Gymnasium id.
+        kwargs: of ``gymnasium.make``.
+        observed: entries of the observation to show; by default all.
+    """
     env = gymnasium.make(env_id.removeprefix(NAMESPACE), **kwargs)
     space = env.observation_space
     flat = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
-    return env if flat else FlattenObservation(env)
+    env = env if flat else FlattenObservation(env)
+    return env if observed is None else SelectObservation(env, observed)
 
 
 def _in_space(action: Tensor, space: gymnasium.Space) -> int | np.ndarray:
@@ -78,15 +86,15 @@ def evaluate(
         EnvironmentFailureError: the environment's own code raised.
     """
     kwargs = config.parsed_env_kwargs()
-    env = make_real_env(config.env_id, kwargs)
+    env = make_real_env(config.env_id, kwargs, config.observed)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     try:
         for episode in range(episodes):
             obs, _ = env.reset(seed=first_seed + episode)
-            ended = False
+            state, ended = agent.initial_state(1), False
             while not ended:
-                action = agent(torch.as_tensor(np.asarray(obs))[None])[0]
-                obs, reward, terminated, truncated, _ = env.step(_in_space(action, env.action_space))
+                action, state = agent.act(torch.as_tensor(np.asarray(obs))[None], state)
+                obs, reward, terminated, truncated, _ = env.step(_in_space(action[0], env.action_space))
                 returns[episode] += float(reward)
                 lengths[episode] += 1
                 ended = terminated or truncated

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import gymnasium
 import torch
 from torch import Tensor
+
+from es_flipout.errors import UserError
 
 _MIN_STD = 0.01
 _CLIP = 10.0
@@ -72,6 +75,25 @@ class ObservationNorm:
             state[name].to(torch.float64).clone() for name in ("count", "mean", "deviations")
         )
         self._freeze()
+
+
+class BoundsNorm:
+    """Scales every entry from its bounds to [0, 1]: for images, whose pixels need no statistics."""
+
+    def __init__(self, space: gymnasium.spaces.Box) -> None:
+        """From the bounds of ``space``.
+
+        Raises:
+            UserError: a bound is not finite.
+        """
+        low, high = (torch.as_tensor(bound).to(torch.float32) for bound in (space.low, space.high))
+        if not (low.isfinite().all() and high.isfinite().all()):
+            raise UserError(f"images need finite bounds, and the observation space is {space}")
+        self._low, self._scale = low, 1 / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        """``(..., O)`` to float32 in [0, 1]."""
+        return (obs.to(torch.float32) - self._low.to(obs.device)).mul_(self._scale.to(obs.device))
 
 
 class Identity:

@@ -31,6 +31,8 @@ class MLP(nn.Module):
     ``output_gain``, so that the untrained policy acts close to the middle of the action space.
     """
 
+    row_wise = True  # row i of the input only touches row i of the output
+
     def __init__(
         self,
         obs_dim: int,
@@ -60,8 +62,128 @@ class MLP(nn.Module):
         return last(x)
 
 
+class Recurrent(nn.Module):
+    """A policy with memory: recurrent layers, then a linear one; ``(n, O)`` and its state to ``(n, A)`` and the next state.
+
+    The state is one tensor, ``(n, state_size)``, zero at the start of an episode: what every layer remembers (of an LSTM layer
+    its output, then its cell), one layer after the other.
+
+    Attributes:
+        state_size: numbers in the state.
+    """
+
+    row_wise = True  # row i of the input only touches row i of the output
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int] = (32,),
+        cell: Literal["gru", "lstm"] = "gru",
+        output_gain: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if cell not in _CELLS:
+            raise UserError(f"cell must be one of {', '.join(_CELLS)}, got {cell!r}")
+        if not hidden:
+            raise UserError("a recurrent policy needs at least one hidden size")
+        cells = [_CELLS[cell](size_in, size_out) for size_in, size_out in pairwise([obs_dim, *hidden])]
+        for layer in cells:
+            for weight in (layer.weight_ih, layer.weight_hh):
+                for gate in weight.data.split(layer.hidden_size):
+                    nn.init.orthogonal_(gate, generator=generator)
+            nn.init.zeros_(layer.bias_ih)
+            nn.init.zeros_(layer.bias_hh)
+        self.cells = nn.ModuleList(cells)
+        self.output = nn.Linear(hidden[-1], action_dim)
+        nn.init.orthogonal_(self.output.weight, gain=output_gain, generator=generator)
+        nn.init.zeros_(self.output.bias)
+        self._is_lstm = cell == "lstm"
+        self._sizes = [size for size in hidden for _ in range(2 if self._is_lstm else 1)]
+        self.state_size = sum(self._sizes)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Network output and the next state."""
+        parts = list(state.split(self._sizes, -1))
+        after: list[Tensor] = []
+        for layer in self.cells:
+            if self._is_lstm:
+                x, c = layer(x, (parts.pop(0), parts.pop(0)))
+                after += [x, c]
+            else:
+                x = layer(x, parts.pop(0))
+                after.append(x)
+        return self.output(x), torch.cat(after, -1) if len(after) > 1 else after[0]
+
+
+_CELLS: dict[str, type[nn.GRUCell] | type[nn.LSTMCell]] = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
+
+
+def initial_state(module: nn.Module, rows: int, device: torch.device) -> Tensor | None:
+    """The state of a recurrent policy at the start of an episode, ``(rows, state_size)``; None for one without memory."""
+    size = getattr(module, "state_size", None)
+    return None if size is None else torch.zeros(rows, size, device=device)
+
+
+class ConvNet(nn.Module):
+    """A policy for images: convolutions with stride 2, then fully connected layers; ``(n, O)`` to ``(n, A)``.
+
+    Images come as flat rows of ``O`` numbers and get their shape back here. Of three dimensions the smallest of the first and
+    the last is taken for the channels (Gymnasium's images have them last, its stacks of frames first).
+    """
+
+    row_wise = True  # row i of the input only touches row i of the output
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        action_dim: int,
+        channels: Sequence[int] = (16, 32),
+        hidden: Sequence[int] = (64,),
+        activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "relu",
+        output_gain: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if len(image_shape) not in (2, 3):
+            raise UserError(f"a ConvNet needs observations of shape (H, W) or (H, W, C), got {tuple(image_shape)}")
+        if not channels:
+            raise UserError("a ConvNet needs at least one number of channels")
+        self._image_shape = tuple(image_shape)
+        self._channels_last = len(image_shape) == 3 and image_shape[2] <= image_shape[0]
+        if len(image_shape) == 2:
+            sizes, space = [1, *channels], list(image_shape)
+        elif self._channels_last:
+            sizes, space = [image_shape[2], *channels], list(image_shape[:2])
+        else:
+            sizes, space = [image_shape[0], *channels], list(image_shape[1:])
+        convolutions = [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1) for c_in, c_out in pairwise(sizes)]
+        for layer in convolutions:
+            nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+            space = [(length + 1) // 2 for length in space]
+        self.activation = _ACTIVATIONS[activation]
+        self.convolutions = nn.ModuleList(convolutions)
+        self.head = MLP(channels[-1] * space[0] * space[1], action_dim, hidden, activation, output_gain, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Network output (an action before :class:`ActionMap`, or one score for each discrete action)."""
+        x = x.unflatten(-1, self._image_shape)
+        if len(self._image_shape) == 2:
+            x = x.unsqueeze(-3)
+        elif self._channels_last:
+            x = x.movedim(-1, -3)
+        for layer in self.convolutions:
+            x = self.activation(layer(x))
+        return self.head(x.flatten(-3))
+
+
 class Linear(nn.Module):
     """A linear policy that starts at zero, ``(n, O)`` to ``(n, A)`` (as in ARS, Mania et al. 2018)."""
+
+    row_wise = True  # row i of the input only touches row i of the output
 
     def __init__(self, obs_dim: int, action_dim: int, bias: bool = True) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from es_flipout.errors import UserError
 from es_flipout.layers import Conversion, Weight, convert, stays_still
 from es_flipout.perturbations import Family, Fixed, Independent, Members, Perturbation
+from es_flipout.policies import initial_state
 from es_flipout.randomness import Address
 
 _MOST_ROWS = 1024
@@ -126,6 +127,10 @@ class Population:
     def select(self, members: Tensor) -> Selection:
         """A forward for the given members, ``(n,)`` int64 in [0, P), in the given order."""
         return Selection(self, members, self.row_block)
+
+    def initial_state(self, rows: int) -> Tensor | None:
+        """See :func:`es_flipout.policies.initial_state`."""
+        return initial_state(self._module, rows, self.device)
 
     def member(self, n: int) -> nn.Module:
         """A copy of the module with the dense weights of member ``n``.
@@ -253,6 +258,10 @@ class Unperturbed:
         self.size = size
         self.row_block = row_block if row_block is not None else row_block_for(module, size)
         self.device = next(module.parameters()).device
+
+    def initial_state(self, rows: int) -> Tensor | None:
+        """See :func:`es_flipout.policies.initial_state`."""
+        return initial_state(self.module, rows, self.device)
 
     def select(self, members: Tensor) -> Unperturbed:
         """Every row is the module."""

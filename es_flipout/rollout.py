@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Policies(Protocol):
         """Where observations are expected."""
         ...
 
+    def initial_state(self, rows: int) -> Tensor | None:
+        """What policies with memory remember at the start of an episode, ``(rows, state size)``; None without memory."""
+        ...
+
     def select(self, members: Tensor) -> Rows:
         """A forward for the given members."""
         ...
@@ -53,8 +57,8 @@ class Policies(Protocol):
 class Rows(Protocol):
     """A forward whose row ``i`` belongs to one member, and can be given to another."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``(n, O)`` to ``(n, outputs)``."""
+    def __call__(self, *inputs: Tensor) -> Any:
+        """``(n, O)`` to ``(n, outputs)``; with memory, that and the state to the outputs and the next state."""
         ...
 
     def replace(self, rows: Tensor, members: Tensor) -> None:
@@ -72,7 +76,7 @@ class Rollout:
         episode_returns: ``(P, E)`` float64.
         lengths: ``(P, E)`` int64, steps of every episode.
         env_steps: live environment steps, all episodes together.
-        moments: sums over the observations that the policies acted on.
+        moments: sums over the observations that the policies acted on (none where they were not wanted).
         diverged: episodes that ended because the environment's state was no longer finite.
         nan_returns: members whose return is NaN.
     """
@@ -111,6 +115,7 @@ def run(
     seeds: Tensor | None = None,
     max_episode_steps: int | None = None,
     remove_alive_bonus: bool = False,
+    collect_moments: bool = True,
     should_stop: Callable[[], bool] | None = None,
 ) -> Rollout:
     """Play ``episodes`` episodes of every member.
@@ -124,6 +129,7 @@ def run(
         seeds: ``(P, E)`` int64, start states; by default addressed by the population's seed and generation.
         max_episode_steps: end episodes after this many steps, if that is before the environment's own limit.
         remove_alive_bonus: leave the environment's alive bonus out of ``fitness``.
+        collect_moments: sum up the observations for a normalisation.
         should_stop: asked once a step; true ends the rollout with :class:`RolloutInterrupted`.
 
     Returns:
@@ -144,7 +150,7 @@ def run(
         seeds = start_seeds(population, episodes)
     if seeds.shape != (population.size, episodes):
         raise ValueError(f"seeds must have shape ({population.size}, {episodes}), got {tuple(seeds.shape)}")
-    jobs = _Jobs(population.size, episodes, seeds, envs[0].observation_space.shape[0])
+    jobs = _Jobs(population.size, episodes, seeds, envs[0].observation_space.shape[0] if collect_moments else 0)
     norm = observation_norm if observation_norm is not None else Identity()
     actions = action_map if action_map is not None else ActionMap(envs[0].action_space)
     limit = envs[0].max_episode_steps
@@ -230,7 +236,7 @@ class _Jobs:
         self.returns = torch.full((self.count,), torch.nan, dtype=torch.float64)
         self.lengths = torch.full((self.count,), -1, dtype=torch.int64)
         self.diverged = 0
-        moment_jobs = min(self.count, _MOMENT_JOBS)
+        moment_jobs = min(self.count, _MOMENT_JOBS) if obs_dim else 0
         self.total = torch.zeros(moment_jobs, obs_dim, dtype=torch.float64)
         self.squares = torch.zeros(moment_jobs, obs_dim, dtype=torch.float64)
 
@@ -280,9 +286,9 @@ class _Lane:
         self.live = torch.zeros(slots, dtype=torch.bool)
         self.elapsed = torch.zeros(slots, dtype=torch.int64)
         self.returns = torch.zeros(slots, dtype=torch.float64)
-        obs_dim = env.observation_space.shape[0]
-        self.total = torch.zeros(slots, obs_dim, dtype=torch.float64)
-        self.squares = torch.zeros(slots, obs_dim, dtype=torch.float64)
+        self.total = torch.zeros(slots, jobs.total.shape[1], dtype=torch.float64)
+        self.squares = torch.zeros_like(self.total)
+        self.state = population.initial_state(slots)
         self.obs = torch.zeros(0)
         self._begin(torch.arange(slots))
         self.any_live = bool(self.live.any())
@@ -305,6 +311,8 @@ class _Lane:
         if len(new):
             self.elapsed[started], self.returns[started] = 0, 0.0
             self.total[started], self.squares[started] = 0.0, 0.0
+            if self.state is not None:
+                self.state[started] = 0.0
             seeds, mask = torch.zeros_like(self.job), torch.zeros_like(self.live)
             seeds[started], mask[started] = self.jobs.seeds[new], True
             self.obs = self.env.reset(seeds, mask).cpu()
@@ -320,15 +328,26 @@ class _Lane:
     def act(self) -> Tensor:
         """Actions of all slots for the observations at hand; dead slots get zeros."""
         obs = self.obs
-        self.total += obs
-        self.squares.addcmul_(obs, obs)
+        if len(self.jobs.total):
+            self.total += obs
+            self.squares.addcmul_(obs, obs)
         x = obs if self.rows is None else obs[self.rows]
-        action = self.actions(self.policy(self.norm(x.to(self.population.device)))).to(self.env.device)
+        action = self.actions(self._outputs(self.norm(x.to(self.population.device)))).to(self.env.device)
         if self.rows is None:
             return action
         full = action.new_zeros(len(self.live), *action.shape[1:])
         full[self.rows] = action
         return full
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        """The policies' outputs for the rows' observations; what they remember goes on."""
+        if self.state is None:
+            return self.policy(x)
+        if self.rows is None:
+            output, self.state = self.policy(x, self.state)
+        else:
+            output, self.state[self.rows] = self.policy(x, self.state[self.rows])
+        return output
 
     def absorb(self, obs: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> None:
         """Take in a step's outcome; end episodes and start the next jobs."""

@@ -63,7 +63,7 @@ class Trainer:
         self.device = _device(config.device)
         self.envs = make_lanes(config)
         first = self.envs[0]
-        self.agent = Agent(config, first.observation_space, first.action_space)
+        self.agent = Agent(config, first.observation_space, first.action_space, first.observation_shape)
         self.row_block = config.row_block or row_block_for(
             self.agent.module, -(-sum(env.num_envs for env in self.envs) // 2)
         )
@@ -138,6 +138,7 @@ class Trainer:
             seeds=start_seeds(population, config.episodes, common=config.start_states == "generation"),
             max_episode_steps=config.episode_cap_at(fraction, self.envs[0].max_episode_steps),
             remove_alive_bonus=config.remove_alive_bonus,
+            collect_moments=isinstance(self.agent.norm, ObservationNorm),
             should_stop=lambda: self.interrupted,
         )
         strategy.tell(rollout.fitness)
@@ -153,6 +154,7 @@ class Trainer:
             observation_norm=self.agent.norm,
             action_map=self.agent.action_map,
             seeds=self._score_seeds,
+            collect_moments=False,
         )
         return float(rollout.returns.mean())
 
@@ -303,8 +305,8 @@ def load_agent(run_dir: Path) -> tuple[Agent, TrainConfig]:
         UserError: the directory is missing or incomplete.
     """
     config = read_config(run_dir)
-    env = make_env(config.env_id, 1, **config.parsed_env_kwargs())
-    agent = Agent(config, env.observation_space, env.action_space)
+    env = make_env(config.env_id, 1, observed=config.observed, **config.parsed_env_kwargs())
+    agent = Agent(config, env.observation_space, env.action_space, env.observation_shape)
     env.close()
     agent.load_state_dict(load_tensors(run_dir / "policy.safetensors"))
     return agent, config
@@ -336,11 +338,11 @@ def make_lanes(config: TrainConfig) -> list[BatchEnv]:
     # On two cores the policy only takes from the physics what the overlap gives (results/LOG.md).
     overlap = config.overlap if config.overlap is not None else cores > 2
     if backend != "mujoco" or not overlap or slots < 2:
-        return [make_env(config.env_id, slots, threads=config.threads, **kwargs)]
+        return [make_env(config.env_id, slots, threads=config.threads, observed=config.observed, **kwargs)]
     # Each half has its share of the threads: two batches that compete for all cores wait for each other at every step.
     threads = config.threads if config.threads is not None else cores
     halves = [(slots - slots // 2, threads - threads // 2), (slots // 2, max(threads // 2, 1))]
-    return [make_env(config.env_id, n, threads=share, **kwargs) for n, share in halves]
+    return [make_env(config.env_id, n, threads=share, observed=config.observed, **kwargs) for n, share in halves]
 
 
 def _device(name: str) -> torch.device:

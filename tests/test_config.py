@@ -23,6 +23,8 @@ WRONG: dict[str, list[Any]] = {
     "seed": [-1, 2**63],
     "population_size": [0, 1, 7, -2],
     "hidden": [(64, 0), (-1,)],
+    "channels": [(16, 0)],
+    "observed": [(0, -1)],
     "episodes": [0],
     "bases": [0],
     "rank": [0],
@@ -82,8 +84,11 @@ OTHER = TrainConfig(
     learning_rate_final=0.0,
     momentum=0.1,
     weight_decay=0.3,
-    policy="linear",
     hidden=(3,),
+    policy="convnet",
+    cell="lstm",
+    channels=(3,),
+    observed=(2, 0),
     activation="gelu",
     output_gain=1.0,
     squash="tanh",
@@ -125,6 +130,12 @@ def test_only_antithetic_populations_must_be_even() -> None:
     assert TrainConfig(env_id="Any-v0", population_size=7, antithetic=False).population_size == 7
     with pytest.raises(UserError, match=r"population-size must be even \(antithetic pairs\), got 7"):
         TrainConfig(env_id="Any-v0", population_size=7)
+
+
+@pytest.mark.parametrize(("policy", "name"), [("recurrent", "hidden"), ("convnet", "channels")])
+def test_a_policy_needs_its_layers(policy: Any, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} must be at least one size for a {policy} policy"):
+        TrainConfig(env_id="Any-v0", policy=policy, **{name: ()})
 
 
 def test_json_round_trip_of_every_field() -> None:

@@ -13,7 +13,7 @@ from gymnasium.spaces import Box, Discrete
 
 from es_flipout.agent import Agent
 from es_flipout.config import TrainConfig
-from es_flipout.envs import make_env
+from es_flipout.envs import SelectObservation, make_env
 from es_flipout.envs.base import EnvironmentFailureError
 from es_flipout.evaluate import Evaluation, evaluate, make_real_env
 
@@ -71,8 +71,8 @@ def registered() -> Iterator[None]:
 def trained(env_id: str, **settings: Any) -> tuple[Agent, TrainConfig]:
     """An agent as training makes it: from the spaces of the batch environment."""
     config = TrainConfig(env_id=env_id, hidden=(4,), **settings)
-    env = make_env(env_id, 1, **config.parsed_env_kwargs())
-    agent = Agent(config, env.observation_space, env.action_space)
+    env = make_env(env_id, 1, observed=config.observed, **config.parsed_env_kwargs())
+    agent = Agent(config, env.observation_space, env.action_space, env.observation_shape)
     env.close()
     return agent, config
 
@@ -81,9 +81,10 @@ def by_hand(agent: Agent, env: gymnasium.Env, seeds: range) -> list[float]:
     returns = []
     for seed in seeds:
         obs, _ = env.reset(seed=seed)
-        total, over = 0.0, False
+        total, over, state = 0.0, False, agent.initial_state(1)
         while not over:
-            action = agent(torch.from_numpy(obs)[None])[0]
+            actions, state = agent.act(torch.from_numpy(obs)[None], state)
+            action = actions[0]
             taken = int(action) if isinstance(env.action_space, Discrete) else action.numpy()
             obs, reward, terminated, truncated, _ = env.step(taken)
             total, over = total + float(reward), terminated or truncated
@@ -105,6 +106,17 @@ def test_equals_a_plain_loop(env_id: str, kwargs: dict[str, Any]) -> None:
     assert result.median_return == pytest.approx(statistics.median(expected), rel=1e-12)
     assert (result.min_return, result.max_return) == (min(expected), max(expected))
     assert (result.env_id, result.env_kwargs, result.episodes, result.first_seed) == (env_id, kwargs, 4, 20)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_policy_with_memory_sees_only_what_it_is_shown(cell: str) -> None:
+    agent, config = trained("CartPole-v1", policy="recurrent", cell=cell, observed=(2, 0), output_gain=1.0)
+    result = evaluate(agent, config, episodes=3, first_seed=20)
+    env = SelectObservation(gymnasium.make("CartPole-v1"), (2, 0))
+    assert env.observation_space.shape == (2,)
+    expected = by_hand(agent, env, range(20, 23))
+    assert len(set(expected)) > 1
+    assert (result.min_return, result.max_return) == (min(expected), max(expected))
 
 
 def test_the_result_is_json_with_the_keys_of_the_contract() -> None:
@@ -148,7 +160,7 @@ def test_actions_are_in_the_action_space_of_the_real_environment(name: str) -> N
     obs = env.reset(torch.tensor([0]))
     total = 0.0
     for _ in range(3):
-        obs, reward, _, _ = env.step(agent(obs))
+        obs, reward, _, _ = env.step(agent.act(obs, None)[0])
         total += float(reward)
     env.close()
     assert result.mean_return == pytest.approx(total)

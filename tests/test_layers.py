@@ -179,7 +179,15 @@ def test_population_equals_every_member(family: Family, name: str) -> None:
     check(make(), family, *shapes)
 
 
-EVERY_KIND_OF_PARAMETER = ("bilinear", "embedding-padding", "conv2d-groups", "transpose1d", "lstm", "tied", "frozen-conv")
+EVERY_KIND_OF_PARAMETER = (
+    "bilinear",
+    "embedding-padding",
+    "conv2d-groups",
+    "transpose1d",
+    "lstm",
+    "tied",
+    "frozen-conv",
+)
 
 
 @pytest.mark.parametrize("name", EVERY_KIND_OF_PARAMETER)

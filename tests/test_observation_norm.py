@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from es_flipout.observation_norm import Identity, Moments, ObservationNorm
+from es_flipout.errors import UserError
+from es_flipout.observation_norm import BoundsNorm, Identity, Moments, ObservationNorm
 
 
 def moments(data: NDArray[np.float64]) -> Moments:
@@ -143,3 +145,18 @@ def test_identity_only_converts() -> None:
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_bounds_are_scaled_to_the_unit_interval() -> None:
+    space = gymnasium.spaces.Box(np.array([0, -2, 5], np.float32), np.array([255, 2, 5], np.float32))
+    norm = BoundsNorm(space)
+    scaled = norm(torch.tensor([[0.0, -2.0, 5.0], [255.0, 0.0, 5.0]], dtype=torch.float64))
+    assert scaled.dtype == torch.float32
+    torch.testing.assert_close(scaled, torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.5, 0.0]]))
+    booleans = BoundsNorm(gymnasium.spaces.Box(0, 1, (2,), bool))
+    assert booleans(torch.tensor([[True, False]])).tolist() == [[1.0, 0.0]]
+
+
+def test_images_need_finite_bounds() -> None:
+    with pytest.raises(UserError, match="finite bounds"):
+        BoundsNorm(gymnasium.spaces.Box(-np.inf, np.inf, (2,)))

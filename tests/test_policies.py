@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from es_flipout.errors import UserError
-from es_flipout.policies import MLP, ActionMap, Linear, check_observation_space
+from es_flipout.policies import MLP, ActionMap, ConvNet, Linear, Recurrent, check_observation_space, initial_state
 
 ASYMMETRIC = Box(np.array([-1.0, 2.0, -7.0], np.float32), np.array([3.0, 2.5, 0.0], np.float32))
 UNBOUNDED = Box(-np.inf, np.inf, (2,), np.float32)
@@ -74,6 +74,57 @@ def test_linear_starts_at_zero(bias: bool) -> None:
     network = Linear(4, 2, bias=bias)
     assert network(torch.randn(3, 4)).tolist() == [[0.0, 0.0]] * 3
     assert len(list(network.parameters())) == 1 + bias
+
+
+MAKE_CELL = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_recurrent_layers_are_those_of_torch(cell: Literal["gru", "lstm"]) -> None:
+    """Two layers over five steps against torch's own layer with the same weights."""
+    policy = Recurrent(3, 2, hidden=(4, 4), cell=cell, output_gain=1.0)
+    layer = (nn.GRU if cell == "gru" else nn.LSTM)(3, 4, num_layers=2)
+    for number, own in enumerate(policy.cells):
+        assert isinstance(own, MAKE_CELL[cell])
+        for name, value in own.named_parameters():
+            nn.init.normal_(value)
+            layer.get_parameter(f"{name}_l{number}").data.copy_(value)
+    x, state = torch.randn(5, 7, 3), initial_state(policy, 7, torch.device("cpu"))
+    assert state is not None
+    expected, _ = layer(x)
+    for t in range(5):
+        output, state = policy(x[t], state)
+        torch.testing.assert_close(output, policy.output(expected[t]))
+    assert initial_state(MLP(3, 2), 7, torch.device("cpu")) is None
+
+
+def test_recurrent_starts_orthogonal_and_follows_its_generator_alone() -> None:
+    one, other = (Recurrent(5, 2, (4,), generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for gate in one.cells[0].get_parameter("weight_hh").split(4):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(4))
+    with pytest.raises(UserError, match=r"gru, lstm, got 'rnn'"):
+        Recurrent(3, 2, cell="rnn")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("shape", "to_channels_first"), [((7, 6), None), ((7, 6, 3), (2, 0, 1)), ((3, 7, 6), (0, 1, 2))]
+)
+def test_convnet_computes_what_it_says(shape: tuple[int, ...], to_channels_first: tuple[int, ...] | None) -> None:
+    policy = ConvNet(shape, 4, channels=(5, 6), hidden=(8,), output_gain=1.0)
+    x = torch.randn(9, *shape)
+    y = x[:, None] if to_channels_first is None else x.permute(0, *(1 + d for d in to_channels_first))
+    for layer in policy.convolutions:
+        y = nn.functional.conv2d(y, layer.get_parameter("weight"), stride=2, padding=1).relu()
+    torch.testing.assert_close(policy(x.flatten(1)), policy.head(y.flatten(1)))
+    torch.testing.assert_close(policy(x.flatten(1)[4]), policy(x.flatten(1))[4])
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5)])
+def test_convnet_needs_an_image(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"\(H, W, C\)"):
+        ConvNet(shape, 2)
 
 
 @pytest.mark.parametrize("start", [0, 5, -2])

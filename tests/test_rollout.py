@@ -6,7 +6,7 @@ import heapq
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -20,7 +20,7 @@ from toy_envs import SignedPopulation, Step, ToyEnv
 from es_flipout.envs.base import EnvironmentFailureError
 from es_flipout.observation_norm import Moments, ObservationNorm
 from es_flipout.perturbations import Family, Flipout, Members
-from es_flipout.policies import MLP, ActionMap, Linear
+from es_flipout.policies import MLP, ActionMap, Linear, Recurrent
 from es_flipout.population import Population, Unperturbed
 from es_flipout.rollout import Rollout, RolloutInterrupted, run, start_seeds
 
@@ -266,7 +266,9 @@ def test_share_of_a_population_gives_its_part_of_the_returns() -> None:
         assert torch.equal(part.lengths, whole.lengths[first : first + size])
 
 
-def played_alone(policy: nn.Module, seed: int, prepare: Callable[[Tensor], Tensor]) -> tuple[float, list[Tensor]]:
+def played_alone(
+    policy: Callable[[Tensor], Tensor], seed: int, prepare: Callable[[Tensor], Tensor]
+) -> tuple[float, list[Tensor]]:
     """One episode of one plain module: its return and the observations that it acted on."""
     (env,) = toys([1], 5)
     obs, total, seen, over = env.reset(torch.tensor([seed])), 0.0, [], False
@@ -300,6 +302,43 @@ def test_equals_playing_every_member_alone(family: Family, slots: list[int], nor
     assert rollout.moments.count == len(stacked)
     torch.testing.assert_close(rollout.moments.total, stacked.sum(0), rtol=0, atol=1e-3)
     torch.testing.assert_close(rollout.moments.squares, stacked.square().sum(0), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("slots", [[1], [3], [12], [2, 3]])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_memory_begins_anew_with_every_episode(family: Family, slots: list[int], cell: Literal["gru", "lstm"]) -> None:
+    """Slots take the next job at once, and late in a generation rows move: what a member remembers stays its own."""
+    policy = Recurrent(5, 6, hidden=(4, 3), cell=cell, output_gain=1.0)
+    population = population_of(policy, family, 6)
+    seeds = coded_seeds(6, 2) % 6  # short episodes: the dynamics are chaotic
+    rollout = run(population, toys(slots, 5), 2, seeds=seeds)
+    for n in range(6):
+        member = population.member(n)
+        for episode in range(2):
+            state = torch.zeros(1, policy.state_size)
+
+            def remembering(x: Tensor, member: nn.Module = member) -> Tensor:
+                nonlocal state
+                output, state = member(x, state)
+                return output
+
+            expected, seen = played_alone(remembering, int(seeds[n, episode]), Tensor.float)
+            assert rollout.episode_returns[n, episode] == pytest.approx(expected, abs=1e-4)
+            assert rollout.lengths[n, episode] == len(seen)
+
+
+def test_slots_do_not_matter_to_the_bit_with_memory() -> None:
+    population = population_of(Recurrent(17, 6, hidden=(16,), output_gain=1.0), Flipout(), 14)
+    one_each = run(population, toys([14], 17))
+    for slots in LAYOUTS:
+        assert same(run(population, toys(slots, 17)), one_each), f"{slots} slots"
+
+
+def test_moments_only_where_they_are_wanted() -> None:
+    population = population_of(MLP(5, 6), Flipout(), 6)
+    without = run(population, toys([4], 5), collect_moments=False)
+    assert without.moments.count == 0
+    assert torch.equal(without.returns, run(population, toys([4], 5)).returns)
 
 
 def test_moments_equal_the_observations_of_live_steps() -> None:

@@ -132,6 +132,9 @@ class SignedPopulation:
         self.device = torch.device("cpu")
         self.rows_computed: list[int] = []
 
+    def initial_state(self, rows: int) -> None:
+        return None
+
     def select(self, members: Tensor) -> SignedRows:
         return SignedRows(members.clone(), self.rows_computed)
 
@@ -143,7 +146,8 @@ class SignedRows:
         self.members = members
         self.rows_computed = rows_computed
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
         assert len(x) == len(self.members)
         self.rows_computed.append(len(x))
         return self.members[:, None].to(torch.float32)

@@ -244,8 +244,8 @@ class _AsyncGymnasium:
     def _play(self) -> int:
         deadline, steps = time.perf_counter() + self._seconds, 0
         while time.perf_counter() < deadline:
-            action = self._agent(torch.from_numpy(self._observation)).numpy()
-            self._observation, *_ = self._vector.step(action)
+            action, _ = self._agent.act(torch.from_numpy(self._observation), None)
+            self._observation, *_ = self._vector.step(action.numpy())
             steps += len(self._observation)
         return steps
 

@@ -1,0 +1,81 @@
+"""Environments that show only some entries of their observations, for instance positions without velocities.
+
+:class:`SelectObservation` wraps a Gymnasium environment, :class:`ObservedBatchEnv` a batch; both show the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.wrappers import TransformObservation
+from torch import Tensor
+
+from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError
+
+
+class SelectObservation(TransformObservation):
+    """Keeps the entries ``observed`` of a one-dimensional observation, in the given order."""
+
+    def __init__(self, env: gymnasium.Env, observed: Sequence[int]) -> None:
+        """Wrap ``env``.
+
+        Raises:
+            UnsupportedEnvironmentError: the observation is not a one-dimensional ``Box`` or has no such entry.
+        """
+        chosen = list(observed)
+        name = env.spec.id if env.spec is not None else "the environment"
+        super().__init__(env, lambda obs: obs[chosen], _selected(name, env.observation_space, chosen))
+
+
+class ObservedBatchEnv(BatchEnv):
+    """Keeps the entries ``observed`` of a batch's observations, in the given order."""
+
+    def __init__(self, env: BatchEnv, observed: Sequence[int]) -> None:
+        """Wrap ``env``.
+
+        Raises:
+            UnsupportedEnvironmentError: the observation has no such entry.
+        """
+        self._env = env
+        self._chosen = torch.tensor(list(observed), device=env.device)
+        self.env_id, self.kwargs, self.num_envs = env.env_id, env.kwargs, env.num_envs
+        self.observation_space = _selected(env.env_id, env.observation_space, list(observed))
+        self.action_space, self.max_episode_steps = env.action_space, env.max_episode_steps
+        self.alive_bonus, self.device, self.backend = env.alive_bonus, env.device, env.backend
+
+    @property
+    def diverged(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`BatchEnv`."""
+        return self._env.diverged
+
+    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See :meth:`BatchEnv.reset`."""
+        return self._env.reset(seeds, mask)[:, self._chosen]
+
+    def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :meth:`BatchEnv.step`."""
+        observation, *rest = self._env.step(action, live)
+        reward, terminated, truncated = rest
+        return observation[:, self._chosen], reward, terminated, truncated
+
+    def close(self) -> None:
+        """See :meth:`BatchEnv.close`."""
+        self._env.close()
+
+
+def _selected(env_id: str, space: gymnasium.Space, observed: list[int]) -> Box:
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise UnsupportedEnvironmentError(
+            f"{env_id}: only entries of a one-dimensional Box can be chosen, not of {space}"
+        )
+    size = space.shape[0]
+    wrong = [entry for entry in observed if not 0 <= entry < size]
+    if wrong or not observed:
+        got = wrong[0] if wrong else "none"
+        raise UnsupportedEnvironmentError(f"{env_id}: observed entries must be in [0, {size}), got {got}")
+    dtype = space.dtype if space.dtype is not None else np.dtype(np.float64)
+    return Box(space.low[observed], space.high[observed], dtype=dtype.type)
