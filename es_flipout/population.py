@@ -195,6 +195,8 @@ class Unperturbed:
 
 def _in_blocks(forward: Callable[[int, Tensor], Tensor], x: Tensor, row_block: int) -> Tensor:
     """Rows through ``forward(block, rows)`` in blocks of exactly ``row_block``; the last is padded, and cut again."""
+    if len(x) == row_block:
+        return forward(0, x)
     outputs = []
     for block, part in enumerate(x.split(row_block)):
         missing = row_block - len(part)
