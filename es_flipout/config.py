@@ -102,7 +102,7 @@ class TrainConfig:
     slots: int | None = None
     """Environments stepped side by side; by default enough for the population, up to 1024."""
     row_block: int | None = None
-    """Rows of one policy computation; by default as many as there are slots in half of the environments, up to 256."""
+    """Rows of one policy computation; by default one for each slot, up to 1024 (fewer for wide layers)."""
 
     score_every: int = 10
     """Generations between two scorings of the mean policy."""

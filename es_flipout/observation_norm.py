@@ -63,7 +63,7 @@ class ObservationNorm:
     def __call__(self, obs: Tensor) -> Tensor:
         """Normalise ``(..., O)`` observations; returns float32 of the same shape."""
         # In float64: an entry with a large mean has nothing but rounding left in float32.
-        return torch.addcmul(self._offset, obs, self._scale).to(torch.float32).clamp_(-_CLIP, _CLIP)
+        return torch.addcmul(self._offset, obs, self._scale).float().clamp_(-_CLIP, _CLIP)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that :meth:`load_state_dict` needs."""

@@ -10,13 +10,30 @@ from itertools import pairwise
 from typing import Literal
 
 import gymnasium
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from es_flipout.errors import UserError
 
+
+def tanh(x: Tensor) -> Tensor:
+    """``torch.tanh``; on the CPU in float32, where no gradient is wanted, NumPy's: five times as fast, and about as exact.
+
+    Neither depends on where in memory a number lies, unlike some of torch's activations.
+    """
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if torch.is_grad_enabled() or traced or x.dtype != torch.float32 or x.device.type != "cpu":
+        return torch.tanh(x)
+    try:
+        values = x.numpy()
+    except RuntimeError:  # inside torch.func.vmap and the like a tensor has no memory of its own
+        return torch.tanh(x)
+    return torch.from_numpy(np.tanh(values, out=np.empty_like(values)))
+
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
+    "tanh": tanh,
     "relu": torch.relu,
     "elu": nn.functional.elu,
     "silu": nn.functional.silu,

@@ -64,9 +64,9 @@ class Trainer:
         self.envs = make_lanes(config)
         first = self.envs[0]
         self.agent = Agent(config, first.observation_space, first.action_space, first.observation_shape)
-        self.row_block = config.row_block or row_block_for(
-            self.agent.module, -(-sum(env.num_envs for env in self.envs) // 2)
-        )
+        # Of all slots, also where two lanes share them: the blocks must not depend on the number of cores.
+        slots = sum(env.num_envs for env in self.envs)
+        self.row_block = config.row_block or row_block_for(self.agent.module, slots)
         self.strategy = EvolutionStrategy(
             self.agent.module,
             config.population_size,

@@ -1,5 +1,6 @@
 """Policies as plain modules, and the way from network outputs to actions of a space."""
 
+import warnings
 from typing import Any, Literal
 
 import gymnasium
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from es_flipout.errors import UserError
-from es_flipout.policies import MLP, ActionMap, ConvNet, Linear, Recurrent, check_observation_space, initial_state
+from es_flipout.policies import (
+    MLP,
+    ActionMap,
+    ConvNet,
+    Linear,
+    Recurrent,
+    check_observation_space,
+    initial_state,
+    tanh,
+)
 
 ASYMMETRIC = Box(np.array([-1.0, 2.0, -7.0], np.float32), np.array([3.0, 2.5, 0.0], np.float32))
 UNBOUNDED = Box(-np.inf, np.inf, (2,), np.float32)
@@ -34,6 +44,41 @@ def test_mlp_computes_what_it_says() -> None:
     x = torch.randn(6, 3)
     expected = np.tanh(x.numpy() @ first.weight.detach().numpy().T) @ last.weight.detach().numpy().T
     np.testing.assert_allclose(network(x).detach().numpy(), expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_tanh_without_gradients_is_torchs_to_rounding() -> None:
+    x = torch.cat(
+        [torch.linspace(-12, 12, 100_001), torch.logspace(-30, 1, 1000), torch.tensor([0.0, -torch.inf, torch.inf])]
+    )
+    torch.testing.assert_close(tanh(x).double(), x.double().tanh(), atol=0, rtol=3e-7)
+    assert tanh(torch.tensor([torch.nan, 0.5])).isnan().tolist() == [True, False]
+    assert tanh(torch.tensor(0.5)).shape == ()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int64):
+        values = torch.ones(3, dtype=dtype)
+        assert torch.equal(tanh(values), values.tanh())
+
+
+@torch.no_grad()
+def test_tanh_has_the_same_bits_anywhere_in_memory() -> None:
+    x = torch.randn(300)
+    whole = tanh(x)
+    for first in range(70):
+        for size in (1, 7, 16, 33, 128):
+            part = slice(first, first + size)
+            assert torch.equal(tanh(x[part]), whole[part])
+            assert torch.equal(tanh(x[part].clone()), whole[part])
+
+
+def test_tanh_under_the_transforms_of_torch() -> None:
+    x = torch.randn(4, 5)
+    slope = 1 - x.tanh().square()
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda row: tanh(row).sum()))(x), slope)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(tanh)(x), x.tanh())
+        with warnings.catch_warnings(action="ignore"):  # tracing is deprecated, but people do it
+            traced = torch.jit.trace(tanh, (x,))
+        torch.testing.assert_close(traced(2 * x), (2 * x).tanh())  # pyright: ignore[reportCallIssue]
 
 
 def test_mlp_without_hidden_layers_is_linear() -> None:
