@@ -276,9 +276,10 @@ def collected(out: Path) -> tuple[Curves, Constants, list[str]]:
     return curves, constants, list(layers)
 
 
-def slope(curve: dict[int, tuple[float, float]], smallest: int = 1) -> float:
+def slope(curve: dict[int, tuple[float, float]], smallest: int = 1, largest: float = math.inf) -> float:
     """Of log variance against log batch size, by least squares."""
-    points = [(math.log(batch), math.log(value)) for batch, (value, _) in curve.items() if batch >= smallest]
+    chosen = {batch: value for batch, (value, _) in curve.items() if smallest <= batch <= largest}
+    points = [(math.log(batch), math.log(value)) for batch, value in chosen.items()]
     x, y = np.array(points).reshape(-1, 2).T
     return float(np.polyfit(x, y, 1)[0]) if len(points) > 1 else math.nan
 
@@ -305,9 +306,9 @@ def table(out: Path) -> str:
         "",
         "**Figure 1: how the variance falls with the batch size N** (slope of log variance against log N; -1 is 1/N)",
         "",
-        f"| layer | estimator | slope, N = 1 to {largest} | slope, N ≥ 256 | variance, N = {largest} | ÷ flipout "
+        f"| layer | estimator | slope, N ≤ 256 | slope, N ≥ 256 | slope, all | variance, N = {largest} | ÷ flipout "
         "| paper |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     paper = {
         "shared": "flattens, N = 100 to 1000",
@@ -319,22 +320,23 @@ def table(out: Path) -> str:
             if curve := curves.get((layer, estimator)):
                 value, error = curve[largest]
                 lines.append(
-                    f"| {layer} | {NAMES[estimator]} | {slope(curve):.2f} | {slope(curve, 256):.2f} | "
+                    f"| {layer} | {NAMES[estimator]} | {slope(curve, 1, 256):.2f} | {slope(curve, 256):.2f} | {slope(curve):.2f} | "
                     f"{value:.2e} ± {error:.0e} | {value / curves[layer, 'flipout'][largest][0]:.1f} | {paper[estimator]} |"
                 )
     lines += [
         "",
         "Local reparameterization lies below already at N = 1: its gradient of the mean weights passes through the",
-        "standard deviation of an output, where the noises of all inputs are averaged. Where flipout bends, gamma shows:",
-        "it is larger in layers smaller than the paper's. A first convolution with one input channel is the extreme: one",
-        "input sign for the whole filter bank.",
+        "standard deviation of an output, where the noises of all inputs are averaged. Where flipout bends, gamma shows",
+        "(below); the paper's layers, in which it did not show up to N = 8192, are much larger. Conv1 has one input channel, so",
+        "only one input sign for the whole filter bank.",
         "",
         "**Theorem 2: the constants** (the paper: alpha ≫ beta ≫ gamma, without figures)",
         "",
         "| layer | alpha | beta + gamma | gamma | shared bends at N ≈ alpha ÷ beta | flipout bends at N ≈ alpha ÷ gamma |",
         "|---|---|---|---|---|---|",
     ]
-    for layer in layers:
+    known = [layer for layer in layers if all((layer, q) in constants for q in ("alpha", "beta+gamma", "gamma"))]
+    for layer in known:
         (alpha, alpha_error), (both, both_error), (gamma, gamma_error) = (
             constants[layer, q] for q in ("alpha", "beta+gamma", "gamma")
         )
@@ -350,7 +352,7 @@ def table(out: Path) -> str:
         "| layer | N | 1/N (10) | flipout predicted (12) | flipout measured | shared predicted (11) | shared measured |",
         "|---|---|---|---|---|---|---|",
     ]
-    for layer in layers:
+    for layer in known:
         alpha = constants[layer, "alpha"][0]
         for batch in curves[layer, "flipout"]:
             cells = []
@@ -382,14 +384,15 @@ def figure(out: Path) -> None:
             axis.errorbar(
                 batches, means, 2 * np.array(errors), fmt="o", ms=4, color=COLORS[estimator], label=NAMES[estimator]
             )
-            if estimator == "local_reparameterization":
+            if estimator == "local_reparameterization" or (layer, "gamma") not in constants:
                 axis.plot(batches, means, color=COLORS[estimator], lw=1)
             else:
                 grid = np.geomspace(1, max(batches), 60)
                 line = [predicted(constants, layer, estimator, n) for n in grid]
                 axis.plot(grid, line, color=COLORS[estimator], lw=1)
         batches = list(curves[layer, "flipout"])
-        axis.plot(batches, [constants[layer, "alpha"][0] / n for n in batches], "k:", lw=1, label="alpha / N")
+        if (layer, "alpha") in constants:
+            axis.plot(batches, [constants[layer, "alpha"][0] / n for n in batches], "k:", lw=1, label="alpha / N")
         axis.set(xscale="log", yscale="log", title=layer)
         axis.set_xlabel("batch size N")
     for axis in axes.flat[len(layers) :]:
