@@ -319,8 +319,9 @@ def table(out: Path) -> str:
         for estimator in ("shared", "flipout", "local_reparameterization"):
             if curve := curves.get((layer, estimator)):
                 value, error = curve[largest]
+                slopes = " | ".join(f"{s:.2f}" for s in (slope(curve, 1, 256), slope(curve, 256), slope(curve)))
                 lines.append(
-                    f"| {layer} | {NAMES[estimator]} | {slope(curve, 1, 256):.2f} | {slope(curve, 256):.2f} | {slope(curve):.2f} | "
+                    f"| {layer} | {NAMES[estimator]} | {slopes} | "
                     f"{value:.2e} ± {error:.0e} | {value / curves[layer, 'flipout'][largest][0]:.1f} | {paper[estimator]} |"
                 )
     lines += [
