@@ -28,7 +28,9 @@ class Freezable(gymnasium.Wrapper):
         super().__init__(env)
         self.observation_shape = observation_shape
         self.action_space = gymnasium.spaces.Tuple((Discrete(2), env.action_space))
-        self._last: Any = None
+        space = env.observation_space
+        # What a slot shows that has not begun yet.
+        self._last: Any = np.zeros(space.shape, space.dtype) if isinstance(space, Box) else None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset where there is a seed; the vector environment's own reset has none and does nothing."""
@@ -98,6 +100,7 @@ class GymnasiumBatchEnv(BatchEnv):
         self._observation_shape = before[0] or self.observation_space.shape
         self.action_space = _shown_action_space(self._inner_action_space)
         self._observation = np.zeros((num_envs, *self.observation_space.shape), self.observation_space.dtype)
+        self._envs.reset()  # touches no environment; a masked reset needs a full one before it
 
     @property
     def observation_shape(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 import gymnasium
@@ -98,6 +99,11 @@ def _require_registered(env_id: str) -> None:
             importlib.import_module(module)
         except ImportError as error:
             raise UnsupportedEnvironmentError(f"{env_id}: cannot import {module} ({error})") from error
+    namespace = name.rpartition("/")[0]
+    if namespace and not any(spec.namespace == namespace for spec in gymnasium.registry.values()):
+        # Packages such as MinAtar say in their metadata how the ids of their namespace are registered.
+        for plugin in entry_points(group="gymnasium.envs", name=namespace):
+            plugin.load()()
     if name not in gymnasium.registry:
         raise UnsupportedEnvironmentError(f"unknown environment {name!r}{_suggestion(name)}")
 

@@ -4,9 +4,13 @@ A run goes on until the mean policy is good in our environment, up to a limit th
 otherwise, and a policy that is a bit better or worse changes everything that comes after.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
+from gymnasium.spaces import Box, Discrete
 
 from es_flipout.config import TrainConfig
 from es_flipout.evaluate import evaluate
@@ -74,3 +78,87 @@ def test_nothing_is_learned_without_a_step() -> None:
     # The measure itself: with steps too small to matter the score stays where it is.
     config = TrainConfig(env_id="CartPole-v1", generations=5, population_size=8, sigma=0.5, learning_rate=1e-9)
     assert learn(config, start=100, goal=500) < 100
+
+
+class Recall(gymnasium.Env):
+    """Shows a cue of -1 or 1, then nothing; pays for an action equal to the cue at the end. Without memory it cannot be known."""
+
+    observation_space = Box(-1, 1, (2,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.cue, self.t = float(self.np_random.choice([-1.0, 1.0])), 0
+        return np.array([self.cue, 0], np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        over = self.t == 4
+        return np.array([0, self.t / 4], np.float32), float(action[0] * self.cue) if over else 0.0, over, False, {}
+
+
+class Spot(gymnasium.Env):
+    """An image with one bright pixel; the right action says in which quarter of the image it is."""
+
+    observation_space = Box(0, 255, (8, 8, 1), np.uint8)
+    action_space = Discrete(4)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self._draw(), {}
+
+    def _draw(self) -> Any:
+        image = np.zeros((8, 8, 1), np.uint8)
+        self.place = self.np_random.integers(8, size=2)
+        image[*self.place] = 255
+        return image
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        right = 2 * (self.place[0] // 4) + self.place[1] // 4
+        self.t += 1
+        return self._draw(), float(action == right), self.t == 20, False, {}
+
+
+@pytest.fixture
+def _registered() -> Iterator[None]:
+    for name, kind in (("Recall-v0", Recall), ("Spot-v0", Spot)):
+        gymnasium.register(name, entry_point=lambda kind=kind: kind())
+    yield
+    for name in ("Recall-v0", "Spot-v0"):
+        del gymnasium.registry[name]
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_memory(cell: Any) -> None:
+    config = TrainConfig(
+        env_id="Recall-v0",
+        generations=60,
+        population_size=64,
+        sigma=0.2,
+        learning_rate=0.1,
+        episodes=2,
+        policy="recurrent",
+        cell=cell,
+        hidden=(8,),
+        output_gain=1.0,
+        score_episodes=64,
+    )
+    assert learn(config, start=0.5, goal=0.9) >= 0.8
+
+
+@pytest.mark.usefixtures("_registered")
+def test_images() -> None:
+    config = TrainConfig(
+        env_id="Spot-v0",
+        generations=80,
+        population_size=64,
+        sigma=0.1,
+        learning_rate=0.05,
+        policy="convnet",
+        channels=(4, 8),
+        hidden=(),
+        output_gain=1.0,
+    )
+    assert learn(config, start=10, goal=17) >= 15

@@ -168,3 +168,12 @@ def test_what_is_not_supported(kwargs: dict, message: str) -> None:
     with pytest.raises(UnsupportedEnvironmentError, match=message) as caught:
         make_env("EsFlipoutCounter-v0", 1, **kwargs)
     assert "\n" not in str(caught.value)
+
+
+def test_slots_that_have_not_begun_show_zeros() -> None:
+    env = make_env("EsFlipoutCounter-v0", 3)
+    observation = env.reset(torch.tensor([5, 6, 7]), torch.tensor([False, True, False]))
+    assert observation.tolist() == [[0, 0], [6, 0], [0, 0]]
+    live = torch.tensor([False, True, False])
+    observation, *_ = env.step(torch.full((3,), 0), live)
+    assert observation.tolist() == [[0, 0], [7, -1], [0, 0]]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -66,3 +67,22 @@ def test_attributes(env_id: str) -> None:
 def test_import_leaves_mujoco_alone() -> None:
     code = "import sys, es_flipout.envs; assert 'mujoco' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ids_of_a_plugin_are_registered_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MinAtar's are: through the entry point of their namespace."""
+
+    class Plugin:
+        def load(self) -> Callable[[], None]:
+            return lambda: gymnasium.register("Plugged/Pole-v0", "gymnasium.envs.classic_control.cartpole:CartPoleEnv")
+
+    def plugins(group: str, name: str) -> list[Plugin]:
+        return [Plugin()] if (group, name) == ("gymnasium.envs", "Plugged") else []
+
+    monkeypatch.setattr("es_flipout.envs.make.entry_points", plugins)
+    try:
+        assert make_env("Plugged/Pole-v0", 2).observation_space.shape == (4,)
+        with pytest.raises(UnsupportedEnvironmentError, match="unknown environment 'Plugged/Pale-v0'"):
+            make_env("Plugged/Pale-v0", 2)
+    finally:
+        del gymnasium.registry["Plugged/Pole-v0"]
