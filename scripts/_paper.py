@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from _runs import write_environment
+from _runs import read_csv, write_environment
 
 
 def options_of(doc: str | None, images: bool = False, texts: bool = False) -> argparse.ArgumentParser:
@@ -27,12 +27,22 @@ def options_of(doc: str | None, images: bool = False, texts: bool = False) -> ar
 
 
 def begin(out: Path, config: Mapping[str, object]) -> None:
-    """Make the results folder with ``config.json`` and ``environment.json``; rows of an earlier run are removed."""
+    """Make the results folder with ``config.json`` and ``environment.json``.
+
+    Rows of an earlier run stay where its configuration was the same, so that an interrupted run goes on; else they are removed.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("runs.csv", "curves.csv"):
-        (out / name).unlink(missing_ok=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    text = json.dumps(config, indent=2, default=str) + "\n"
+    if not (out / "config.json").exists() or (out / "config.json").read_text() != text:
+        for name in ("runs.csv", "curves.csv"):
+            (out / name).unlink(missing_ok=True)
+    (out / "config.json").write_text(text)
     write_environment(out)
+
+
+def done(out: Path, columns: Sequence[str]) -> set[tuple[str, ...]]:
+    """These columns of all rows of ``runs.csv``: what need not be run again."""
+    return {tuple(row[column] for column in columns) for row in read_csv(out / "runs.csv")}
 
 
 def read_config(out: Path) -> dict[str, object]:

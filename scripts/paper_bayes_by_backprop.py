@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from _data import Images, load_images
-from _paper import append, begin, options_of, read_config
+from _paper import append, begin, done, options_of, read_config
 from _runs import read_csv
 from torch import nn
 from torch.nn import functional as F
@@ -142,9 +142,10 @@ def table(out: Path) -> str:
     config = read_config(out)
     protocol: Any = config["protocol"]
     curves = collected(out)
+    seeds = sorted({len(losses) for losses in curves.values()})
     lines = [
         f"Data: {config['images']}, {config['examples']} training examples; batch {protocol['batch']} without replacement, "
-        f"{protocol['seeds']} seeds. The paper: MNIST, batch 8192.",
+        f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds. The paper: MNIST, batch 8192.",
         f"FC: 512-512-{config['classes']}. Conv: 5x5 filters {protocol['filters'][0]} and {protocol['filters'][1]}, "
         f"{protocol['conv_units']} units (the paper's ConvLe: 32, 64 and 1024).",
         "",
@@ -243,6 +244,8 @@ def main() -> None:
                 if kind == "FC":
                     estimators.append("local_reparameterization")
                 for estimator in estimators:
+                    if (kind, estimator, str(seed)) in done(options.out, ("net", "estimator", "seed")):
+                        continue
                     train(kind, estimator, seed, images, protocol, options.out)
     (options.out / "table.md").write_text(table(options.out))
     figure(options.out)

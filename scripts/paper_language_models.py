@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from _data import Text, load_text
-from _paper import append, begin, options_of, read_config
+from _paper import append, begin, done, options_of, read_config
 from _runs import read_csv
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -159,6 +159,7 @@ def train(model: Model, variant: str, seed: int, text: Text, out: Path) -> None:
     train_text = columns(text.train[: model.train_symbols], model.batch)
     name = {"level": model.level, "variant": variant, "seed": seed}
     best, best_test = math.inf, math.inf
+    curves: list[dict[str, object]] = []
     start_time = time.perf_counter()
     for epoch in range(1, model.epochs + 1):
         state = None
@@ -175,7 +176,7 @@ def train(model: Model, variant: str, seed: int, text: Text, out: Path) -> None:
             losses.append(float(loss.detach()))
         valid = score(net, text.valid, model)
         curve = {"train": statistics.mean(losses), "valid": valid}
-        append(out / "curves.csv", [{**name, "epoch": epoch, **{k: shown(model.level, v) for k, v in curve.items()}}])
+        curves.append({**name, "epoch": epoch, **{k: shown(model.level, v) for k, v in curve.items()}})
         if valid < best:
             best, best_test = valid, score(net, text.test, model)
         elif word:
@@ -183,6 +184,7 @@ def train(model: Model, variant: str, seed: int, text: Text, out: Path) -> None:
                 group["lr"] /= 4
     seconds = time.perf_counter() - start_time
     values = {"valid": shown(model.level, best), "test": shown(model.level, best_test), "seconds": round(seconds, 1)}
+    append(out / "curves.csv", curves)
     append(out / "runs.csv", [{**name, **values}])
     print(f"{model.level} {variant} seed {seed}: {values}", flush=True)
 
@@ -277,6 +279,8 @@ def main() -> None:
         for seed in range(1 if options.quick else SEEDS):
             for model in models:
                 for variant in VARIANTS:
+                    if (model.level, variant, str(seed)) in done(options.out, ("level", "variant", "seed")):
+                        continue
                     train(model, variant, seed, texts[model.level], options.out)
     (options.out / "table.md").write_text(table(options.out))
     figure(options.out)

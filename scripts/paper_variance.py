@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from _data import load_images, load_text
-from _paper import append, begin, mean_and_error, options_of, read_config
+from _paper import append, begin, done, mean_and_error, options_of, read_config
 from _runs import read_csv
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -219,25 +219,35 @@ def half_covariance(net: Net, half: int, draws: int) -> dict[str, list[float]]:
 
 
 def measure(net: Net, protocol: Protocol, out: Path) -> None:
-    """All rows of one network, appended to ``runs.csv``."""
+    """All rows of one network that ``runs.csv`` does not hold yet."""
     start = time.perf_counter()
+
+    def missing(estimator: str, what: str, batch: int, repeat: int) -> bool:
+        key = (net.name, estimator, what, str(batch), str(repeat))
+        return key not in done(out, ("net", "estimator", "quantity", "batch", "repeat"))
+
+    def keep(estimator: str, what: str, batch: int, repeat: int, values: dict[str, float]) -> None:
+        append(out / "runs.csv", [row(net, layer, estimator, what, batch, repeat, v) for layer, v in values.items()])
+
     for estimator in net.estimators:
         use(net.module, estimator)
         for batch in protocol.batch_sizes:
             for repeat in range(protocol.repeats):
-                for layer, value in variances(net, batch, protocol.draws).items():
-                    append(out / "runs.csv", [row(net, layer, estimator, "variance", batch, repeat, value)])
+                if missing(estimator, "variance", batch, repeat):
+                    keep(estimator, "variance", batch, repeat, variances(net, batch, protocol.draws))
     use(net.module, "independent")
+    batch = protocol.alpha_batch
     for repeat in range(5):
-        for layer, value in variances(net, protocol.alpha_batch, protocol.alpha_draws // 5).items():
-            scaled = value * protocol.alpha_batch
-            append(out / "runs.csv", [row(net, layer, "independent", "alpha", protocol.alpha_batch, repeat, scaled)])
+        if missing("independent", "alpha", batch, repeat):
+            drawn = variances(net, batch, protocol.alpha_draws // 5)
+            keep("independent", "alpha", batch, repeat, {layer: batch * value for layer, value in drawn.items()})
     in_common: tuple[tuple[Estimator, str], ...] = (("flipout", "gamma"), ("shared", "beta+gamma"))
     for estimator, what in in_common:
         use(net.module, estimator)
-        for layer, values in half_covariance(net, protocol.half_batch, protocol.half_draws).items():
-            for repeat, value in enumerate(values):
-                append(out / "runs.csv", [row(net, layer, estimator, what, protocol.half_batch, repeat, value)])
+        if missing(estimator, what, protocol.half_batch, 0):
+            groups = half_covariance(net, protocol.half_batch, protocol.half_draws)
+            for repeat in range(min(map(len, groups.values()))):
+                keep(estimator, what, protocol.half_batch, repeat, {layer: v[repeat] for layer, v in groups.items()})
     print(f"{net.name} ({net.size}): {time.perf_counter() - start:.0f} s", flush=True)
 
 
