@@ -193,9 +193,8 @@ def table(out: Path) -> str:
     """The paper's tables with ours beside them, in Markdown."""
     config: Any = read_config(out)
     rows = read_csv(out / "runs.csv")
-    seeds = len({row["seed"] for row in rows})
     lines = [
-        f"Ours: {config['text']}; mean of {seeds} seeds (± half their range). The paper: Penn Treebank, single runs.",
+        f"Ours: {config['text']}; mean of the seeds ± half their range. The paper: Penn Treebank, single runs.",
         "",
     ]
     for model in config["models"]:
@@ -216,20 +215,24 @@ def table(out: Path) -> str:
             f"nothing but this noise. The paper: {model['paper']}"
             + (", and further dropout in the two rows with noise." if level == "word" else "."),
             "",
-            "| model | ours: valid | ours: test | paper (Penn Treebank): valid | paper (Penn Treebank): test |",
-            "|---|---|---|---|---|",
+            "| model | seeds | ours: valid | ours: test | paper (Penn Treebank): valid | paper (Penn Treebank): test |",
+            "|---|---|---|---|---|---|",
         ]
         for variant in VARIANTS:
             own = [row for row in rows if (row["level"], row["variant"]) == (level, variant)]
-            if own:
-                cells = []
-                for split in ("valid", "test"):
-                    values = [float(row[split]) for row in own]
-                    digits = 3 if level == "character" else 1
-                    cells.append(f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}")
-                lines.append(f"| {variant} | {' | '.join((*cells, *PAPER[level][variant]))} |")
+            cells = [f"{len(own)}", *(_seeds([float(row[split]) for row in own], level) for split in ("valid", "test"))]
+            lines.append(f"| {variant} | {' | '.join((*cells, *PAPER[level][variant]))} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _seeds(values: list[float], level: str) -> str:
+    """Their mean, and half their range where there are several."""
+    if not values:
+        return "not run"
+    digits = 3 if level == "character" else 1
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def figure(out: Path) -> None:
