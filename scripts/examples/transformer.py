@@ -23,7 +23,7 @@ START = 10  # the symbol after which the answer begins
 class Transformer(nn.Module):
     """Predicts the next symbol; the embeddings of the symbols are the output weights too."""
 
-    def __init__(self, size: int = 32, heads: int = 4, layers: int = 1) -> None:
+    def __init__(self, size: int = 32, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
         self.tokens = nn.Embedding(11, size)
         self.positions = nn.Parameter(0.1 * torch.randn(2 * DIGITS + 1, size))
@@ -68,21 +68,21 @@ def pretrain(model: Transformer, steps: int) -> None:
         optimizer.step()
 
 
-def main(steps: int = 100, generations: int = 40, population_size: int = 128) -> tuple[float, float]:
+def main(steps: int = 150, generations: int = 30, population_size: int = 64) -> tuple[float, float]:
     """Pretrain and fine-tune; returns the fraction of whole answers right before and after fine-tuning."""
     torch.manual_seed(0)
-    test = questions(1000)
     model = Transformer()
+    test = questions(1000)
     pretrain(model, steps)
     before = float(answers_right(model.eval(), *test))
     print(f"after {steps} steps of backprop: {before:.1%} of the answers right")
     strategy = EvolutionStrategy(model, population_size, sigma=0.02, learning_rate=0.002)
     after = before
     for generation in range(1, generations + 1):
-        question, answer = questions(32)
+        question, answer = questions(64)
         population = strategy.ask()
         strategy.tell(answers_right(population, question.expand(population_size, -1, -1), answer))
-        if generation % max(generations // 4, 1) == 0:
+        if generation % max(generations // 3, 1) == 0:
             after = float(answers_right(strategy.mean_module(), *test))
             print(f"after {generation} generations of evolution: {after:.1%} of the answers right")
     return before, after
