@@ -43,12 +43,12 @@ class Agent:
         """
         obs_dim = check_observation_space(observation_space)
         self.action_map = ActionMap(action_space, config.squash)
+        self.module = _policy(config, obs_dim, observation_shape or (obs_dim,), self.action_map.size)
         if config.policy == "convnet":
             assert isinstance(observation_space, gymnasium.spaces.Box)
             self.norm = BoundsNorm(observation_space)
         else:
             self.norm = ObservationNorm(obs_dim) if config.observation_norm else Identity()
-        self.module = _policy(config, obs_dim, observation_shape or (obs_dim,), self.action_map.size)
 
     def initial_state(self, rows: int) -> Tensor | None:
         """What the policy remembers at the start of an episode, ``(rows, state size)``; None without memory."""

@@ -242,6 +242,25 @@ def test_options_may_come_before_the_environment(tmp_path: Path, capsys: pytest.
     assert (config.learning_rate, config.sigma) == (usual.learning_rate, usual.sigma)
 
 
+def test_a_policy_with_memory_goes_on_to_the_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["CartPole-v1", *SMALL, "--policy", "recurrent", "--cell", "lstm", "--observed", "2", "0"]
+    options += ["--learning-rate", "0.1", "--learning-rate-final", "0.1"]  # the same however long the run
+    assert cli.main(["train", *options, "--run-dir", str(tmp_path / "whole"), "--generations", "4"]) == 0
+    assert cli.main(["train", *options, "--run-dir", str(tmp_path / "parts"), "--generations", "2"]) == 0
+    config = tmp_path / "parts" / "config.json"
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('"generations": 2', '"generations": 4'), encoding="utf-8"
+    )
+    assert cli.main(["resume", str(tmp_path / "parts")]) == 0
+    whole, parts = (load_agent(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert "policy.cells.0.weight_hh" in whole
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "parts"), "--episodes", "2", "--json"]) == 0
+    assert strictly(capsys.readouterr().out)["episodes"] == 2
+
+
 def test_a_run_directory_is_found_without_being_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -393,6 +412,9 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         (["train", "CartPole-v1", "--env-kwargs", '{"env_id": 3}'], r"env_id"),
         (["train", "CartPole-v1", "--env-kwargs", '{"device": "mars"}'], r"device"),
         (["train", "CartPole-v1", "--env-kwargs", '{"max_episode_steps": 0}'], r"max_episode_steps"),
+        (["train", "CartPole-v1", "--observed", "0", "4"], r"CartPole-v1: observed entries must be in \[0, 4\), got 4"),
+        (["train", "CartPole-v1", "--policy", "convnet"], r"ConvNet needs observations of shape \(H, W\)"),
+        (["train", "CartPole-v1", "--policy", "transformer"], r"transformer.*recurrent.*convnet"),
         (["resume"], r"directory of the run.*--help"),
         (["evaluate"], r"directory of the run.*--help"),
         (["evaluate", "nowhere", "--episodes", "0"], r"episodes must be at least 1, got 0"),
