@@ -507,9 +507,12 @@ def _paper(rows: list[dict[str, str]], setting: Setting) -> list[str]:
         cells = []
         for samples, method in (("0", BACKPROP), ("1600", PAPERS_OWN[1]), ("5000", PAPERS_OWN[1])):
             own = _runs_of(rows, network_name, samples, method).values()
-            if own and all(r["updates_to_goal"] for r in own):
+            if own:
                 label = "backprop" if samples == "0" else f"flipout {int(samples):,}"
-                cells.append(f"{label}: {statistics.mean(float(r['updates_to_goal']) for r in own):.0f}")
+                reached = [float(r["updates_to_goal"]) for r in own if r["updates_to_goal"]]
+                mean = f"{statistics.mean(reached):.0f}" if reached else "not reached"
+                some = f" ({len(reached)} of {len(own)} seeds)" if 0 < len(reached) < len(own) else ""
+                cells.append(f"{label}: {mean}{some}")
         return ", ".join(cells) or "not run"
 
     return [
@@ -520,7 +523,8 @@ def _paper(rows: list[dict[str, str]], setting: Setting) -> list[str]:
         f"| the same on the convolutional net, 1,600 samples | not shown | {loss_of('conv')} |",
         f"| 2c: data efficiency, FC | “comparable” with backprop over 20,000 updates | updates to 10 % training error: "
         f"{updates_of('fc')} |",
-        f"| 2d: data efficiency, convolutional net | the same, 4,000 updates | {updates_of('conv')} |",
+        f"| 2d: data efficiency, convolutional net | the same, 4,000 updates | updates to 10 % training error "
+        f"(of {setting.conv_updates}): {updates_of('conv')} |",
         f"| cost of an update ÷ backprop | about 60 (a GPU, not named) | FC: {times_backprop('fc')}; ConvLe: "
         f"{times_backprop('conv')} |",
         "| final error | curves only, axes from 0 to 7 % (2b, 2c) and 5 % (2d) | see the first table |",
