@@ -516,7 +516,7 @@ def _paper(rows: list[dict[str, str]], setting: Setting) -> list[str]:
         return ", ".join(cells) or "not run"
 
     return [
-        f"| | paper (MNIST, 512-512-10 or LeNet 32-64-1024, one run) | ours ({setting.data}, the sizes above) |",
+        f"| | paper (MNIST, 512-512-10 or LeNet 32-64-1024) | ours ({setting.data}, the sizes above) |",
         "|---|---|---|",
         "| 2b: flipout against independent, FC, 1,600 samples | “no loss in performance”, 12,000 updates | "
         f"{loss_of('fc')} |",
