@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from statistics import NormalDist
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -51,24 +54,32 @@ class Address:
             raise ValueError(f"generation must be in [0, 2**32) and layer in [0, 2**24), got {self}")
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words (broadcast against each other).
+Words = TypeVar("Words", Tensor, NDArray[np.int64])
+
+
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
+    """Philox4x32-10 on int64 arrays of one shape, of torch or of NumPy, that hold unsigned 32-bit words.
 
     Returns:
-        Four int64 tensors with values in [0, 2^32).
+        Four int64 arrays with values in [0, 2^32).
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         # The low 64 bits of the product are right also where int64 wraps; the arithmetic shift is masked back.
         product0 = c0 * _MULTIPLIERS[0]
         product1 = c2 * _MULTIPLIERS[1]
-        high0 = (product0 >> 32).bitwise_and_(_MASK)
-        high1 = (product1 >> 32).bitwise_and_(_MASK)
-        c0 = high1.bitwise_xor_(c1).bitwise_xor_(k0)
-        c2 = high0.bitwise_xor_(c3).bitwise_xor_(k1)
-        c1 = product1.bitwise_and_(_MASK)
-        c3 = product0.bitwise_and_(_MASK)
+        high0 = product0 >> 32
+        high0 &= _MASK
+        high0 ^= c3
+        high0 ^= k1
+        high1 = product1 >> 32
+        high1 &= _MASK
+        high1 ^= c1
+        high1 ^= k0
+        product0 &= _MASK
+        product1 &= _MASK
+        c0, c1, c2, c3 = high1, product1, high0, product0
         k0 = (k0 + _KEY_INCREMENTS[0]) & _MASK
         k1 = (k1 + _KEY_INCREMENTS[1]) & _MASK
     return c0, c1, c2, c3
@@ -87,15 +98,19 @@ def words(address: Address, stream: Stream, members: Tensor, count: int) -> Tens
         ``(n, count)`` int64 with values in [0, 2^32).
     """
     blocks = -(-count // 4)
-    device = members.device
-    counter = (
-        torch.arange(blocks, device=device)[None, :],
-        members[:, None],
-        torch.full((1, 1), (address.layer << 8) | stream, dtype=torch.int64, device=device),
-        torch.full((1, 1), address.generation, dtype=torch.int64, device=device),
-    )
-    out = philox4x32(counter, (address.seed & _MASK, address.seed >> 32))
-    return torch.stack(out, dim=-1).view(len(members), 4 * blocks)[:, :count]
+    shape, device = (len(members), blocks), members.device
+    key = (address.seed & _MASK, address.seed >> 32)
+    place, generation = (address.layer << 8) | stream, address.generation
+    if device.type == "cpu":
+        # NumPy: most draws are of a few hundred numbers, for which a torch operation takes several times as long.
+        block, member = np.broadcast_arrays(np.arange(blocks, dtype=np.int64), members.numpy()[:, None])
+        counter = (block, member, np.full(shape, place, np.int64), np.full(shape, generation, np.int64))
+        out = torch.from_numpy(np.stack(philox4x32(counter, key), axis=-1))
+    else:
+        block, member = torch.broadcast_tensors(torch.arange(blocks, device=device), members[:, None])
+        counter = (block, member, torch.full_like(block, place), torch.full_like(block, generation))
+        out = torch.stack(philox4x32(counter, key), dim=-1)
+    return out.view(len(members), 4 * blocks)[:, :count]
 
 
 def signs(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
