@@ -1,6 +1,6 @@
 """One configuration for each environment. Imports no torch.
 
-Those with a row in ``results/learning_*`` were tuned, and ``results/LOG.md`` says what was tried. Swimmer was only explored;
+Those with a row in ``results/learning_*`` were tuned, and ``results/LOG.md`` says what was tried;
 Walker2d, Ant, Humanoid and HumanoidStandup are starting points that nothing was measured with yet.
 """
 
@@ -40,10 +40,13 @@ def _cartpole(env_id: str) -> TrainConfig:
 
 
 def _pendulum(env_id: str) -> TrainConfig:
-    # Many small generations and plain gradient steps: with Adam the outputs saturate before the policy balances.
+    # Many small generations and plain gradient steps: with Adam the outputs saturate before the policy balances. With as many
+    # bases as pairs every pair has noise of its own, which so small a population can afford (results/families_*).
     return TrainConfig(
         env_id=env_id,
-        env_steps=4_000_000,
+        env_steps=1_500_000,
+        base="gaussian",
+        bases=8,
         population_size=8,
         sigma=0.1,
         sigma_final=0.05,
@@ -116,7 +119,9 @@ def _inverted_double_pendulum(env_id: str) -> TrainConfig:
 def _swimmer(env_id: str) -> TrainConfig:
     return TrainConfig(
         env_id=env_id,
-        env_steps=4_000_000,
+        env_steps=1_500_000,
+        base="gaussian",
+        bases=8,  # one for each pair, see Pendulum
         policy="linear",
         observation_norm=False,
         population_size=16,

@@ -97,9 +97,7 @@ def run_all(jobs: Iterable[Job], out: Path, processes: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     done = {(row["name"], row["seed"]) for row in read_csv(out / "runs.csv")}
     todo = [job for job in jobs if (job.name, str(job.config.seed)) not in done]
-    configs = {job.name: dataclasses.asdict(job.config) for job in todo}
-    previous = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
-    (out / "config.json").write_text(json.dumps(previous | configs, indent=2, sort_keys=True) + "\n")
+    _keep_configs(todo, out)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         futures = [pool.submit(train_and_score, job) for job in todo]
@@ -109,6 +107,32 @@ def run_all(jobs: Iterable[Job], out: Path, processes: int) -> None:
             append_csv(out / "runs.csv", ROW_COLUMNS, [row])
             print(f"{row['name']} seed {row['seed']}: {row['mean_return']:,.1f} in {row['train_s']} s", flush=True)
     write_environment(out)
+
+
+def adopt(jobs: Iterable[Job], other: Path, out: Path) -> None:
+    """Take over from another folder the runs that had the very same configuration, instead of repeating them."""
+    named = json.loads((other / "config.json").read_text())
+    same_as = {_but_seed(config): name for name, config in named.items()}
+    done = {(row["name"], row["seed"]) for row in read_csv(out / "runs.csv")}
+    out.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        key = (same_as.get(_but_seed(json.loads(job.config.to_json()))), str(job.config.seed))
+        if key[0] is None or (job.name, key[1]) in done:
+            continue
+        for file, columns in (("runs.csv", ROW_COLUMNS), ("curves.csv", CURVE_COLUMNS)):
+            rows = [row for row in read_csv(other / file) if (row["name"], row["seed"]) == key]
+            append_csv(out / file, columns, [{**row, "name": job.name} for row in rows])
+        _keep_configs([job], out)
+
+
+def _keep_configs(jobs: Iterable[Job], out: Path) -> None:
+    configs = {job.name: dataclasses.asdict(job.config) for job in jobs}
+    previous = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
+    (out / "config.json").write_text(json.dumps(previous | configs, indent=2, sort_keys=True) + "\n")
+
+
+def _but_seed(config: dict[str, object]) -> str:
+    return json.dumps(config | {"seed": None}, sort_keys=True)
 
 
 def write_environment(out: Path) -> None:

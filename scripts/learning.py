@@ -2,6 +2,7 @@
 
 python scripts/learning.py --out results/learning_<hardware>_<yyyy-mm>
 python scripts/learning.py --out ... --envs HalfCheetah-v5 --seeds 0 1     # part of it; what is there is kept
+python scripts/learning.py --out ... --adopt results/families_...          # equal runs are taken from there
 python scripts/learning.py --out ... --render                              # only table.md and figure.png again
 """
 
@@ -11,7 +12,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from _runs import Job, default_processes, one_thread, read_csv, run_all
+from _runs import Job, adopt, default_processes, one_thread, read_csv, run_all
 
 from es_flipout.presets import preset
 
@@ -36,10 +37,13 @@ def main() -> None:
     parser.add_argument("--envs", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--processes", type=int, default=default_processes())
+    parser.add_argument("--adopt", type=Path, help="folder of another sweep, whose equal runs need no repetition")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     if not options.render:
         jobs = [Job(e, one_thread(preset(e), seed=seed)) for e in options.envs for seed in options.seeds]
+        if options.adopt:
+            adopt(jobs, options.adopt, options.out)
         run_all(jobs, options.out, options.processes)
     (options.out / "table.md").write_text(table(options.out))
     figure(options.out)

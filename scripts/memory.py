@@ -20,7 +20,6 @@ from es_flipout.presets import preset
 # Environment, the entries that are positions, and the environment steps.
 TASKS: dict[str, tuple[tuple[int, ...], int]] = {
     "CartPole-v1": ((0, 2), 600_000),
-    "InvertedPendulum-v5": ((0, 1), 600_000),
 }
 POLICIES: dict[str, dict[str, object]] = {
     "MLP": {},
