@@ -133,9 +133,9 @@ def test_only_antithetic_populations_must_be_even() -> None:
 
 
 @pytest.mark.parametrize(("policy", "name"), [("recurrent", "hidden"), ("convnet", "channels")])
-def test_a_policy_needs_its_layers(policy: Any, name: str) -> None:
+def test_a_policy_needs_its_layers(policy: str, name: str) -> None:
     with pytest.raises(UserError, match=f"{name} must be at least one size for a {policy} policy"):
-        TrainConfig(env_id="Any-v0", policy=policy, **{name: ()})
+        TrainConfig(**{"env_id": "Any-v0", "policy": policy, name: ()})
 
 
 def test_json_round_trip_of_every_field() -> None:

@@ -122,8 +122,8 @@ class Spot(gymnasium.Env):
 
 @pytest.fixture
 def _registered() -> Iterator[None]:
-    for name, kind in (("Recall-v0", Recall), ("Spot-v0", Spot)):
-        gymnasium.register(name, entry_point=lambda kind=kind: kind())
+    gymnasium.register("Recall-v0", entry_point=lambda **kwargs: Recall())
+    gymnasium.register("Spot-v0", entry_point=lambda **kwargs: Spot())
     yield
     for name in ("Recall-v0", "Spot-v0"):
         del gymnasium.registry[name]

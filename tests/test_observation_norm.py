@@ -153,7 +153,7 @@ def test_bounds_are_scaled_to_the_unit_interval() -> None:
     scaled = norm(torch.tensor([[0.0, -2.0, 5.0], [255.0, 0.0, 5.0]], dtype=torch.float64))
     assert scaled.dtype == torch.float32
     torch.testing.assert_close(scaled, torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.5, 0.0]]))
-    booleans = BoundsNorm(gymnasium.spaces.Box(0, 1, (2,), bool))
+    booleans = BoundsNorm(gymnasium.spaces.Box(0, 1, (2,), np.bool_))  # pyright: ignore  (as MinAtar's are)
     assert booleans(torch.tensor([[True, False]])).tolist() == [[1.0, 0.0]]
 
 
