@@ -107,7 +107,7 @@ def convert(module: nn.Module) -> Conversion:
 def _refuse_unsupported(name: str, layer: nn.Module) -> None:
     kind = type(layer).__name__
     where = f"layer {name or '(the module itself)'!r} of type {kind}"
-    if isinstance(layer, (nn.modules.batchnorm._NormBase,)) and not _is_harmless_norm(layer):
+    if isinstance(layer, nn.modules.batchnorm._NormBase) and not _is_harmless_norm(layer):
         raise UnsupportedLayerError(
             f"{where} keeps statistics of a batch, which would mix the members of a population; use GroupNorm or "
             "LayerNorm in its place"

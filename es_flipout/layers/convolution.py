@@ -23,7 +23,7 @@ class PopulationConvolution(Leaf):
         self._pad_mode = layer.padding_mode
         self._pad = layer._reversed_padding_repeated_twice
         padding = layer.padding if layer.padding_mode == "zeros" else (0,) * len(layer.stride)
-        self._operation = Convolution(layer.stride, padding, layer.dilation, layer.groups)
+        self._operation = Convolution(layer.stride, layer.groups, layer.dilation, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, [B,] C, *space)`` to ``(n, [B,] C', *space')``."""
@@ -47,7 +47,7 @@ class PopulationTransposedConvolution(Leaf):
         assert not isinstance(layer.padding, str)  # torch refuses it
         self._kernel_size = layer.kernel_size
         self._operation = TransposedConvolution(
-            layer.stride, tuple(layer.padding), tuple(layer.output_padding), layer.groups, layer.dilation
+            layer.stride, layer.groups, layer.dilation, tuple(layer.padding), tuple(layer.output_padding)
         )
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:

@@ -47,26 +47,21 @@ class Operation(ABC):
 
 
 @dataclass(frozen=True)
-class Convolution(Operation):
-    """A convolution over ``len(stride)`` dimensions: ``(n, [B,] C, *space)``, weight ``(out, in / groups, *kernel)``.
-
-    Attributes:
-        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
-    """
+class _OverSpace(Operation):
+    """What both kinds of convolution have in common: ``(n, [B,] C, *space)`` with ``len(stride)`` dimensions of space."""
 
     stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
     groups: int
+    dilation: tuple[int, ...]
 
     @property
     def dims(self) -> int:
         """Dimensions of the space."""
         return len(self.stride)
 
+    @abstractmethod
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
-        return convolve(x, weight, None, self.stride, self.padding, self.dilation, groups)
+        """``(B, C, *space)`` with one weight."""
 
     @override
     def shared(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -78,6 +73,21 @@ class Convolution(Operation):
         return _members_as_groups(
             x, self.dims + 1, lambda wide: self._convolve(wide, weights.flatten(0, 1), n * self.groups)
         )
+
+
+@dataclass(frozen=True)
+class Convolution(_OverSpace):
+    """A convolution over ``len(stride)`` dimensions: ``(n, [B,] C, *space)``, weight ``(out, in / groups, *kernel)``.
+
+    Attributes:
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
+    """
+
+    padding: tuple[int, ...] | str
+
+    def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+        return convolve(x, weight, None, self.stride, self.padding, self.dilation, groups)
 
     @override
     def scale_input(self, x: Tensor, v: Tensor) -> Tensor:
@@ -94,40 +104,21 @@ class Convolution(Operation):
 
 
 @dataclass(frozen=True)
-class TransposedConvolution(Operation):
+class TransposedConvolution(_OverSpace):
     """A transposed convolution: ``(n, [B,] C, *space)``, weight ``(in, out / groups, *kernel)``.
 
     Attributes:
         stride, padding, output_padding, groups, dilation: as in ``torch.nn.functional.conv_transpose2d``.
     """
 
-    stride: tuple[int, ...]
     padding: tuple[int, ...]
     output_padding: tuple[int, ...]
-    groups: int
-    dilation: tuple[int, ...]
 
     input_dim = 0
-
-    @property
-    def dims(self) -> int:
-        """Dimensions of the space."""
-        return len(self.stride)
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
         return convolve(x, weight, None, self.stride, self.padding, self.output_padding, groups, self.dilation)
-
-    @override
-    def shared(self, x: Tensor, weight: Tensor) -> Tensor:
-        return _folded(x, self.dims + 1, lambda flat: self._convolve(flat, weight, self.groups))
-
-    @override
-    def each(self, x: Tensor, weights: Tensor) -> Tensor:
-        n = len(weights)
-        return _members_as_groups(
-            x, self.dims + 1, lambda wide: self._convolve(wide, weights.flatten(0, 1), n * self.groups)
-        )
 
     @override
     def scale_input(self, x: Tensor, v: Tensor) -> Tensor:
