@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -26,8 +27,9 @@ from es_flipout.population import Population
 from es_flipout.randomness import Address, Stream, integers
 
 # Observation statistics come from this many episodes of a generation at most: their mean is known long before that.
-_MOMENT_JOBS = 4096
-
+MOMENT_JOBS = 4096
+# Jobs whose observations are summed together: sums of whole blocks can be joined without changing a bit.
+MOMENT_BLOCK = 16
 
 _Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # what BatchEnv.step returns
 
@@ -72,24 +74,64 @@ class Rollout:
     """What the episodes of a population gave.
 
     Attributes:
-        returns: ``(P,)`` float64, mean over the member's episodes of the environment's undiscounted return.
-        fitness: ``(P,)`` float64, the same less the alive bonus that was asked to be removed: what to train on.
-        episode_returns: ``(P, E)`` float64.
+        episode_returns: ``(P, E)`` float64, the environment's undiscounted returns.
         lengths: ``(P, E)`` int64, steps of every episode.
-        env_steps: live environment steps, all episodes together.
-        moments: sums over the observations that the policies acted on (none where they were not wanted).
+        moment_blocks: sums over the observations that the policies acted on, ``(B, O)``: a row for each ``MOMENT_BLOCK`` jobs,
+            of the first ``MOMENT_JOBS`` jobs at most (no rows where they were not wanted).
         diverged: episodes that ended because the environment's state was no longer finite.
-        nan_returns: members whose return is NaN.
+        alive_bonus: what a step's mere survival pays and ``fitness`` leaves out; 0 to leave it in.
     """
 
-    returns: Tensor
-    fitness: Tensor
     episode_returns: Tensor
     lengths: Tensor
-    env_steps: int
-    moments: Moments
+    moment_blocks: Moments
     diverged: int
-    nan_returns: int
+    alive_bonus: float = 0.0
+
+    @classmethod
+    def join(cls, parts: Sequence[Rollout]) -> Rollout:
+        """The rollout of all members, to the bit, from those of consecutive shares of them.
+
+        The jobs of every share but the last must fill whole blocks of ``MOMENT_BLOCK``.
+        """
+        blocks = [part.moment_blocks for part in parts]
+        return cls(
+            torch.cat([part.episode_returns for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            Moments(
+                sum(block.count for block in blocks),
+                torch.cat([block.total for block in blocks]),
+                torch.cat([block.squares for block in blocks]),
+            ),
+            sum(part.diverged for part in parts),
+            parts[0].alive_bonus,
+        )
+
+    @cached_property
+    def returns(self) -> Tensor:
+        """``(P,)`` float64, mean over the member's episodes."""
+        return self.episode_returns.mean(1)
+
+    @cached_property
+    def fitness(self) -> Tensor:
+        """``(P,)`` float64, the returns less the alive bonus that was asked to be removed: what to train on."""
+        return (self.episode_returns - self.alive_bonus * self.lengths).mean(1)
+
+    @cached_property
+    def env_steps(self) -> int:
+        """Live environment steps, all episodes together."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Sums over the observations, ``(O,)``."""
+        blocks = self.moment_blocks
+        return Moments(blocks.count, blocks.total.sum(0), blocks.squares.sum(0))
+
+    @cached_property
+    def nan_returns(self) -> int:
+        """Members whose return is NaN."""
+        return int(self.returns.isnan().sum())
 
 
 def start_seeds(population: Population, episodes: int, common: bool = False) -> Tensor:
@@ -117,6 +159,7 @@ def run(
     max_episode_steps: int | None = None,
     remove_alive_bonus: bool = False,
     collect_moments: bool = True,
+    moment_jobs: int = MOMENT_JOBS,
     should_stop: Callable[[], bool] | None = None,
 ) -> Rollout:
     """Play ``episodes`` episodes of every member.
@@ -131,6 +174,7 @@ def run(
         max_episode_steps: end episodes after this many steps, if that is before the environment's own limit.
         remove_alive_bonus: leave the environment's alive bonus out of ``fitness``.
         collect_moments: sum up the observations for a normalisation.
+        moment_jobs: of this many jobs at most, the first ones.
         should_stop: asked once a step; true ends the rollout with :class:`RolloutInterrupted`.
 
     Returns:
@@ -151,7 +195,8 @@ def run(
         seeds = start_seeds(population, episodes)
     if seeds.shape != (population.size, episodes):
         raise ValueError(f"seeds must have shape ({population.size}, {episodes}), got {tuple(seeds.shape)}")
-    jobs = _Jobs(population.size, episodes, seeds, envs[0].observation_space.shape[0] if collect_moments else 0)
+    size = envs[0].observation_space.shape[0]
+    jobs = _Jobs(population.size, episodes, seeds, size, moment_jobs if collect_moments else 0)
     norm = observation_norm if observation_norm is not None else Identity()
     actions = action_map if action_map is not None else ActionMap(envs[0].action_space)
     limit = envs[0].max_episode_steps
@@ -228,7 +273,7 @@ class _Stepper:
 class _Jobs:
     """The queue of episodes, and what came of each."""
 
-    def __init__(self, size: int, episodes: int, seeds: Tensor, obs_dim: int) -> None:
+    def __init__(self, size: int, episodes: int, seeds: Tensor, obs_dim: int, moment_jobs: int) -> None:
         self.shape = (size, episodes)
         self.count = size * episodes
         self.seeds = seeds.flatten()
@@ -237,9 +282,9 @@ class _Jobs:
         self.returns = torch.full((self.count,), torch.nan, dtype=torch.float64)
         self.lengths = torch.full((self.count,), -1, dtype=torch.int64)
         self.diverged = 0
-        moment_jobs = min(self.count, _MOMENT_JOBS) if obs_dim else 0
-        self.total = torch.zeros(moment_jobs, obs_dim, dtype=torch.float64)
-        self.squares = torch.zeros(moment_jobs, obs_dim, dtype=torch.float64)
+        self.moment_jobs = min(self.count, moment_jobs)
+        self.total = torch.zeros(self.moment_jobs, obs_dim, dtype=torch.float64)
+        self.squares = torch.zeros(self.moment_jobs, obs_dim, dtype=torch.float64)
 
     def take(self, count: int) -> Tensor:
         """The next jobs, at most ``count``."""
@@ -251,21 +296,19 @@ class _Jobs:
 
     def result(self, alive_bonus: float) -> Rollout:
         assert bool((self.lengths > 0).all()), "a job was lost"
-        returns, lengths = self.returns.view(self.shape), self.lengths.view(self.shape)
-        fitness = returns - alive_bonus * lengths
-        moment_steps = self.lengths[: len(self.total)].sum()
-        # Sums over jobs in the order of jobs: the same to the bit whichever slots the jobs were played in.
-        moments = Moments(float(moment_steps), self.total.sum(0), self.squares.sum(0))
-        return Rollout(
-            returns=returns.mean(1),
-            fitness=fitness.mean(1),
-            episode_returns=returns,
-            lengths=lengths,
-            env_steps=int(lengths.sum()),
-            moments=moments,
-            diverged=self.diverged,
-            nan_returns=int(returns.mean(1).isnan().sum()),
-        )
+        steps = float(self.lengths[: self.moment_jobs].sum())
+        blocks = Moments(steps, _block_sums(self.total), _block_sums(self.squares))
+        return Rollout(self.returns.view(self.shape), self.lengths.view(self.shape), blocks, self.diverged, alive_bonus)
+
+
+def _block_sums(sums: Tensor) -> Tensor:
+    """Sums over blocks of jobs, one job after the other: the same bits whichever slots, and shares, the jobs were played in."""
+    blocks, size = -(-len(sums) // MOMENT_BLOCK), sums.shape[1]
+    jobs = torch.cat([sums, sums.new_zeros(blocks * MOMENT_BLOCK - len(sums), size)]).view(blocks, MOMENT_BLOCK, size)
+    total = sums.new_zeros(blocks, size)
+    for job in range(MOMENT_BLOCK):
+        total += jobs[:, job]
+    return total
 
 
 class _Lane:
@@ -287,7 +330,7 @@ class _Lane:
         self.live = torch.zeros(slots, dtype=torch.bool)
         self.elapsed = torch.zeros(slots, dtype=torch.int64)
         self.returns = torch.zeros(slots, dtype=torch.float64)
-        self.total = torch.zeros(slots, jobs.total.shape[1], dtype=torch.float64)
+        self.total = torch.zeros(slots, jobs.total.shape[1] if jobs.moment_jobs else 0, dtype=torch.float64)
         self.squares = torch.zeros_like(self.total)
         self.state = population.initial_state(slots)
         self.obs = torch.zeros(0)
@@ -329,7 +372,7 @@ class _Lane:
     def act(self) -> Tensor:
         """Actions of all slots for the observations at hand; dead slots get zeros."""
         obs = self.obs
-        if len(self.jobs.total):
+        if self.jobs.moment_jobs:
             self.total += obs
             self.squares.addcmul_(obs, obs)
         x = obs if self.rows is None else obs[self.rows]
@@ -370,9 +413,10 @@ class _Lane:
         jobs.returns[ended] = self.returns[slots]
         jobs.lengths[ended] = self.elapsed[slots]
         jobs.diverged += int(self.env.diverged.cpu()[slots].sum())
-        observed = ended < len(jobs.total)
-        jobs.total[ended[observed]] = self.total[slots[observed]]
-        jobs.squares[ended[observed]] = self.squares[slots[observed]]
+        if jobs.moment_jobs:
+            observed = ended < jobs.moment_jobs
+            jobs.total[ended[observed]] = self.total[slots[observed]]
+            jobs.squares[ended[observed]] = self.squares[slots[observed]]
         started = self._begin(slots)
         self.any_live = bool(self.live.any())
         if len(started):

@@ -17,21 +17,19 @@ from torch import Tensor
 from es_flipout.agent import Agent
 from es_flipout.checkpoint import Progress, atomic_write, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from es_flipout.config import TrainConfig
-from es_flipout.envs import BatchEnv, EnvironmentFailureError, make_env, native_env_ids
-from es_flipout.envs.make import NAMESPACE
-from es_flipout.envs.mujoco_cpu import usable_cores
+from es_flipout.envs import EnvironmentFailureError, make_env
 from es_flipout.errors import UserError
 from es_flipout.evaluate import Evaluation
 from es_flipout.metrics import Metrics, MetricsLog, Reporter, Silent
 from es_flipout.observation_norm import ObservationNorm
-from es_flipout.perturbations import Dense, Family, Flipout, LowRank
+from es_flipout.perturbations import family_of
+from es_flipout.player import LocalPlayer, Player, make_lanes, slots_for
 from es_flipout.population import Unperturbed, row_block_for
 from es_flipout.randomness import Address, Stream, integers
-from es_flipout.rollout import Rollout, RolloutInterrupted, run, start_seeds
+from es_flipout.rollout import Rollout, RolloutInterrupted, start_seeds
 from es_flipout.runinfo import environment
 from es_flipout.strategy import EvolutionStrategy
 
-_MOST_SLOTS = {"torch": 4096, "mujoco": 1024, "gymnasium": 32}
 _SCORE_GENERATION = 2**32 - 1  # an address that training never reaches
 
 
@@ -56,17 +54,14 @@ class Trainer:
         self.interrupted = False
         if config.generations is None and config.env_steps is None:
             raise UserError("give the run an end: generations or env-steps")
-        if config.backend != "local":
-            raise UserError(f"backend {config.backend!r} is not available in this version; use local")
         # Small layers stall with more than one intra-op thread, and the cores belong to the physics.
         torch.set_num_threads(1)
         self.device = _device(config.device)
-        self.envs = make_lanes(config)
-        first = self.envs[0]
-        self.agent = Agent(config, first.observation_space, first.action_space, first.observation_shape)
-        # Of all slots, also where two lanes share them: the blocks must not depend on the number of cores.
-        slots = sum(env.num_envs for env in self.envs)
-        self.row_block = config.row_block or row_block_for(self.agent.module, slots)
+        self.player = make_player(config)
+        player = self.player
+        self.agent = Agent(config, player.observation_space, player.action_space, player.observation_shape)
+        # Of all slots, also where lanes or machines share them: the blocks must not depend on who plays.
+        self.row_block = config.row_block or row_block_for(self.agent.module, slots_for(config))
         self.strategy = EvolutionStrategy(
             self.agent.module,
             config.population_size,
@@ -129,14 +124,13 @@ class Trainer:
         strategy.sigma = config.sigma_at(fraction)
         strategy.learning_rate = config.learning_rate_at(fraction)
         population = strategy.ask()
-        rollout = run(
+        rollout = self.player.play(
             population,
-            self.envs,
             config.episodes,
             observation_norm=self.agent.norm,
             action_map=self.agent.action_map,
             seeds=start_seeds(population, config.episodes, common=config.start_states == "generation"),
-            max_episode_steps=config.episode_cap_at(fraction, self.envs[0].max_episode_steps),
+            max_episode_steps=config.episode_cap_at(fraction, self.player.max_episode_steps),
             remove_alive_bonus=config.remove_alive_bonus,
             collect_moments=isinstance(self.agent.norm, ObservationNorm),
             should_stop=lambda: self.interrupted,
@@ -148,9 +142,8 @@ class Trainer:
 
     def score(self) -> float:
         """Mean return of the mean policy over the scoring episodes, whose start states are the same every time."""
-        rollout = run(
+        rollout = self.player.play(
             Unperturbed(self.strategy.mean_module(), self.config.score_episodes, self.row_block),
-            self.envs,
             observation_norm=self.agent.norm,
             action_map=self.agent.action_map,
             seeds=self._score_seeds,
@@ -317,32 +310,11 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
     atomic_write(run_dir / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
 
 
-def family_of(config: TrainConfig) -> Family:
-    """The configured perturbation family."""
-    match config.perturbation:
-        case "flipout":
-            return Flipout(base=config.base, bases=config.bases)
-        case "low_rank":
-            return LowRank(rank=config.rank)
-        case "dense":
-            return Dense()
-
-
-def make_lanes(config: TrainConfig) -> list[BatchEnv]:
-    """The environments: two halves where physics and policy are to overlap, else one batch."""
-    kwargs = config.parsed_env_kwargs()
-    jobs = config.population_size * config.episodes
-    backend = native_env_ids().get(config.env_id.removeprefix(NAMESPACE), "gymnasium")
-    slots = config.slots if config.slots is not None else min(jobs, _MOST_SLOTS[backend])
-    cores = usable_cores()
-    # On two cores the policy only takes from the physics what the overlap gives (results/LOG.md).
-    overlap = config.overlap if config.overlap is not None else cores > 2
-    if backend != "mujoco" or not overlap or slots < 2:
-        return [make_env(config.env_id, slots, threads=config.threads, observed=config.observed, **kwargs)]
-    # Each half has its share of the threads: two batches that compete for all cores wait for each other at every step.
-    threads = config.threads if config.threads is not None else cores
-    halves = [(slots - slots // 2, threads - threads // 2), (slots // 2, max(threads // 2, 1))]
-    return [make_env(config.env_id, n, threads=share, observed=config.observed, **kwargs) for n, share in halves]
+def make_player(config: TrainConfig) -> Player:
+    """Who plays the episodes of this run."""
+    if config.backend != "local":
+        raise UserError(f"backend {config.backend!r} is not available in this version; use local")
+    return LocalPlayer(make_lanes(config, slots_for(config)))
 
 
 def _device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from toy_envs import lanes_of
 
 from es_flipout.bench import forward, rollout
 from es_flipout.bench.timing import Measured, Spread, interleave, repeated
@@ -151,9 +152,9 @@ def test_rollout_replays_the_physics_of_training() -> None:
         env_id="HalfCheetah-v5", env_kwargs='{"max_episode_steps": 5}', population_size=4, generations=9, threads=1
     )
     trainer = rollout.Trainer(config)
-    lanes = list(trainer.envs)
+    lanes = list(lanes_of(trainer))
     physics = rollout._Physics(trainer)
-    assert trainer.envs == lanes
+    assert lanes_of(trainer) == lanes
     measured = physics.plain()()
     assert measured.work == 20
     # The states at the end are those of the recorded generation (nothing was reset after it), to the bit.

@@ -31,6 +31,7 @@ ORDER = (
     "estimator",
     "strategy",
     "rollout",
+    "player",
     "runinfo",
     "evaluate",
     "checkpoint",

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from toy_envs import lanes_of
 
 from es_flipout import presets
 from es_flipout.config import TrainConfig
@@ -20,9 +21,9 @@ def test_a_preset_can_be_trained(env_id: str) -> None:
     assert config.env_steps is not None
     small = dataclasses.replace(config, population_size=2, episodes=1)
     trainer = Trainer(small)
-    assert trainer.envs[0].env_id == env_id
+    assert lanes_of(trainer)[0].env_id == env_id
     assert not trainer.finished
-    for env in trainer.envs:
+    for env in lanes_of(trainer):
         env.close()
 
 

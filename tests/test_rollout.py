@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_envs import SignedPopulation, Step, ToyEnv
 
+from es_flipout.envs import make_env
 from es_flipout.envs.base import EnvironmentFailureError
 from es_flipout.observation_norm import Moments, ObservationNorm
 from es_flipout.perturbations import Family, Flipout, Members
@@ -198,14 +199,31 @@ def test_diverged_episodes_end_and_are_counted(slots: list[int]) -> None:
     assert rollout.lengths.tolist() == [[2, 2], [4, 4], [4, 4], [2, 4], [4, 4]]
 
 
-def test_moments_of_the_first_jobs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("es_flipout.rollout._MOMENT_JOBS", 3)
+def test_moments_of_the_first_jobs_only() -> None:
     seeds = coded_seeds(4, 2)
-    rollout = run(SignedPopulation(4), ToyEnv(3, lambda seed: 1 + seed % 3), 2, seeds=seeds)
+    rollout = run(SignedPopulation(4), ToyEnv(3, lambda seed: 1 + seed % 3), 2, seeds=seeds, moment_jobs=3)
     first = seeds.flatten()[:3].tolist()
     observed = torch.tensor([[seed, t, 1] for seed in first for t in range(1 + seed % 3)], dtype=torch.float64)
     assert same_moments(rollout.moments, Moments(len(observed), observed.sum(0), observed.square().sum(0)))
     assert rollout.env_steps > rollout.moments.count
+
+
+def test_rollouts_of_shares_join_to_the_rollout_of_all_to_the_bit() -> None:
+    population = population_of(MLP(17, 6, output_gain=1.0), Flipout(), 80, row_block=16)
+    env, seeds = make_env("HalfCheetah-v5", 80, threads=1, max_episode_steps=7), start_seeds(population, 2)
+    whole = run(population, env, 2, seeds=seeds, moment_jobs=100, remove_alive_bonus=True)
+    parts = []
+    for first, size in ((0, 32), (32, 32), (64, 16)):
+        module, members = population._module, Members(80, True, CPU, size, first)
+        share = Population(module, Flipout(), members, 0.3, 1, 2, 16)
+        here = start_seeds(share, 2)
+        assert torch.equal(here, seeds[first : first + size])
+        lane = make_env("HalfCheetah-v5", 5, threads=1, max_episode_steps=7)
+        left = min(max(100 - 2 * first, 0), 2 * size)
+        parts.append(run(share, lane, 2, seeds=here, moment_jobs=left, remove_alive_bonus=True))
+    joined = Rollout.join(parts)
+    assert whole.moments.count == 100 * 7
+    assert same(joined, whole)
 
 
 def test_observations_in_float32_have_moments_in_float64() -> None:

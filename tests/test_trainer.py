@@ -13,7 +13,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
-from toy_envs import ToyEnv
+from toy_envs import ToyEnv, lanes_of
 
 from es_flipout.checkpoint import Progress, checkpoints, load_checkpoint, load_tensors
 from es_flipout.config import TrainConfig
@@ -77,7 +77,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> MakeToys:
             made.append(kind(num_envs, length, **settings))
             return made[-1]
 
-        monkeypatch.setattr("es_flipout.trainer.make_env", make_env)
+        monkeypatch.setattr("es_flipout.player.make_env", make_env)
         return made
 
     return install
@@ -268,7 +268,7 @@ def test_scoring_does_not_change_training(config: TrainConfig) -> None:
 def test_slots_do_not_change_a_run(tmp_path: Path, config: TrainConfig) -> None:
     config = dataclasses.replace(config, generations=3, row_block=16)
     runs = {slots: train(dataclasses.replace(config, slots=slots), tmp_path / str(slots)) for slots in (6, 8, 32)}
-    assert sum(env.num_envs for env in runs[6].envs) == 6
+    assert sum(env.num_envs for env in lanes_of(runs[6])) == 6
     for slots in (6, 8):
         assert_same(tensors(runs[slots]), tensors(runs[32]))
         assert rows(tmp_path / str(slots), (*TIMES, "score")) == rows(tmp_path / "32", (*TIMES, "score"))
@@ -288,7 +288,7 @@ def test_threads_and_overlap_do_not_change_a_run(tmp_path: Path) -> None:
     plain = train(dataclasses.replace(config, overlap=False), tmp_path / "plain")
     overlapped = train(config, tmp_path / "overlapped")
     threads = train(dataclasses.replace(config, threads=2), tmp_path / "threads")
-    assert [len(trainer.envs) for trainer in (plain, overlapped, threads)] == [1, 2, 2]
+    assert [len(lanes_of(trainer)) for trainer in (plain, overlapped, threads)] == [1, 2, 2]
     for trainer, name in ((overlapped, "overlapped"), (threads, "threads")):
         assert_same(tensors(trainer), tensors(plain))
         assert rows(tmp_path / name) == rows(tmp_path / "plain")

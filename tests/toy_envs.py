@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from es_flipout.envs.base import BatchEnv, EnvironmentFailureError
+from es_flipout.player import LocalPlayer
+from es_flipout.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -154,3 +156,9 @@ class SignedRows:
 
     def replace(self, rows: Tensor, members: Tensor) -> None:
         self.members[rows] = members
+
+
+def lanes_of(trainer: Trainer) -> list[BatchEnv]:
+    """The environments in which a trainer plays by itself."""
+    assert isinstance(trainer.player, LocalPlayer)
+    return trainer.player.envs

@@ -41,6 +41,7 @@ from es_flipout.envs import BatchEnv, make_env
 from es_flipout.envs.mujoco_contact import ContactForceBatch
 from es_flipout.envs.mujoco_cpu import MujocoBatchEnv, usable_cores
 from es_flipout.errors import UserError
+from es_flipout.player import LocalPlayer
 from es_flipout.trainer import Trainer
 
 _WALKERS = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
@@ -113,7 +114,7 @@ def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[
             vectors = {f"gymnasium_{n}": _AsyncGymnasium(config, n, options.seconds) for n in _GYMNASIUM_ENVS}
         timings = interleave({**measures, **vectors}, options.rounds)
     finally:
-        for closing in (*vectors.values(), *trainer.envs, physics.env):
+        for closing in (*vectors.values(), trainer.player, physics.env):
             closing.close()
     ratios = {name: timings.ratio("training", name) for name in timings.rates if name not in ("training", *vectors)}
     if vectors:
@@ -168,13 +169,14 @@ class _Physics:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        config, lanes = trainer.config, trainer.envs
-        recorders = [_Recorder(env) for env in lanes]
-        trainer.envs = list[BatchEnv](recorders)
+        config, player = trainer.config, trainer.player
+        assert isinstance(player, LocalPlayer)
+        lanes, recorders = player.envs, [_Recorder(env) for env in player.envs]
+        player.envs = list[BatchEnv](recorders)
         try:
             played = trainer.generation()
         finally:
-            trainer.envs = lanes
+            player.envs = lanes
         if int(played.lengths.min()) != int(played.lengths.max()) or len(played.lengths) != config.population_size:
             raise UserError(f"{config.env_id} ends episodes early, so physics and training would do different work")
         self.env = _mujoco_env(config.env_id, config.population_size, config.threads, config.parsed_env_kwargs())
