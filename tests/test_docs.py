@@ -1,0 +1,50 @@
+"""The pages of docs/ lead somewhere, and what they show is valid."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINKS = [(p, link) for p in PAGES for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", p.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.name}-{link}" for page, link in LINKS])
+def test_links_lead_somewhere(page: Path, link: str) -> None:
+    assert (page.parent / link).exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_options_exist(page: Path) -> None:
+    from es_flipout.config import TrainConfig
+
+    known = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__} | {"--json"}
+    lines = re.findall(r"es-flipout (?:train|resume|evaluate) [^\n`'#]*", page.read_text(encoding="utf-8"))
+    options = {option for line in lines for option in re.findall(r"(?<=\s)--[a-z-]+", line)}
+    assert options <= known | {"--episodes", "--run-dir"}
+
+
+def test_image_holds_what_a_wheel_is_built_from() -> None:
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    allowed = {line[1:] for line in ignored if line.startswith("!")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    needed = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "constraints.txt"}
+    needed |= set(project["tool"]["setuptools"]["package-dir"].values())
+    assert allowed == needed
+    assert "*" in ignored
+
+
+def test_steps_of_the_dockerfile_are_read_as_they_are_written() -> None:
+    from check_dockerfile import instructions
+
+    text = 'ARG A=1\n# note\nFROM x AS build\nRUN a \\\n    # why\n    && b\n\nCMD ["c"]\n'
+    read = [(name, " ".join(rest.split())) for name, rest in instructions(text)]
+    assert read == [("ARG", "A=1"), ("FROM", "x AS build"), ("RUN", "a && b"), ("CMD", '["c"]')]
+    dockerfile = instructions((ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    extras = next(rest for name, rest in dockerfile if name == "ARG" and rest.startswith("EXTRAS="))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(extras.removeprefix("EXTRAS=").split(",")) <= set(project["optional-dependencies"])
+    assert dockerfile[-1] == ("CMD", '["es-flipout", "train", "HalfCheetah-v5"]')
+    assert ("USER", "1000") in dockerfile
