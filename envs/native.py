@@ -25,8 +25,15 @@ class NativeBatchEnv(BatchEnv):
     """A batch whose episodes start from a flat vector drawn on the host with a NumPy generator.
 
     ``K`` is the length of that vector. :meth:`reset` draws it from seeds; the vector environment draws it from the
-    generators it keeps per slot. Both hand it to :meth:`restart`.
+    generators it keeps per slot. Both hand it to :meth:`restart`. A loop that stays on a device draws the starts of all
+    its episodes first, with :meth:`starts`, and hands them out with :meth:`restart_where`.
+
+    Attributes:
+        capturable: whether :meth:`step` and :meth:`restart_where` are nothing but torch operations that neither wait for
+            the host nor move the state to other storage, so that one CUDA graph of torch can hold many steps.
     """
+
+    capturable: bool = False
 
     @abstractmethod
     def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -43,10 +50,35 @@ class NativeBatchEnv(BatchEnv):
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
         """See :meth:`BatchEnv.reset`. Equal seeds are drawn once."""
         rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask.cpu().numpy())
-        unique, inverse = np.unique(seeds.cpu().numpy()[rows], return_inverse=True)
+        return self.restart(rows, self._draw(seeds.cpu().numpy()[rows]))
+
+    def starts(self, seeds: Tensor) -> Tensor:
+        """Draw the starts of episodes on the host, equal seeds once.
+
+        Args:
+            seeds: ``(n,)`` int64, as for :meth:`reset`.
+
+        Returns:
+            ``(n, K)`` float64 on the environments' device.
+        """
+        return torch.from_numpy(self._draw(seeds.cpu().numpy())).to(self.device)
+
+    def restart_where(self, mask: Tensor, starts: Tensor) -> Tensor:
+        """Start new episodes in the slots of ``mask`` ``(S,)`` from ``starts`` ``(S, K)``; other rows are ignored.
+
+        The other slots go on as if nothing had happened. Environments on a device do this without the host.
+
+        Returns:
+            Observations of all slots, ``(S, O)``.
+        """
+        rows = np.flatnonzero(mask.cpu().numpy())
+        return self.restart(rows, starts.cpu().numpy()[rows])
+
+    def _draw(self, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The starts of ``seeds`` ``(n,)``, ``(n, K)``."""
+        unique, inverse = np.unique(seeds, return_inverse=True)
         drawn = [self.draw_start(seeding.np_random(int(seed))[0]) for seed in unique]
-        starts = np.stack(drawn)[inverse] if drawn else np.empty((0, 0))
-        return self.restart(rows, starts)
+        return np.stack(drawn)[inverse] if drawn else np.empty((0, 0))
 
     def _describe(self, env_id: str, kwargs: Mapping[str, object], num_envs: int, device: torch.device) -> None:
         """Set the attributes that every native environment has; ``max_episode_steps`` follows ``gymnasium.make``."""

@@ -15,6 +15,7 @@ from gymnasium.wrappers import TransformObservation
 from torch import Tensor
 
 from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError
+from es_flipout.envs.native import NativeBatchEnv
 
 
 class SelectObservation(TransformObservation):
@@ -61,6 +62,29 @@ class ObservedBatchEnv(BatchEnv):
         observation, *rest = self._env.step(action, live)
         reward, terminated, truncated = rest
         return observation[:, self._chosen], reward, terminated, truncated
+
+    def starts(self, seeds: Tensor) -> Tensor:
+        """See :meth:`NativeBatchEnv.starts`."""
+        return self._native.starts(seeds)
+
+    def restart_where(self, mask: Tensor, starts: Tensor) -> Tensor:
+        """See :meth:`NativeBatchEnv.restart_where`."""
+        return self._native.restart_where(mask, starts)[:, self._chosen]
+
+    @property
+    def capturable(self) -> bool:
+        """See :class:`NativeBatchEnv`."""
+        return self._native.capturable
+
+    def overflow(self) -> int:
+        """See the environment."""
+        return getattr(self._env, "overflow", int)()
+
+    @property
+    def _native(self) -> NativeBatchEnv:
+        if not isinstance(self._env, NativeBatchEnv):
+            raise NotImplementedError(f"{self.env_id}: the {self.backend} backend does not run on a device of its own")
+        return self._env
 
     def close(self) -> None:
         """See :meth:`BatchEnv.close`."""

@@ -47,10 +47,13 @@ class TorchTask(ABC):
 
 
 class TorchBatchEnv(NativeBatchEnv):
-    """A batch of a :class:`TorchTask` on any device, without a host synchronisation in :meth:`step`.
+    """A batch of a :class:`TorchTask` on any device.
 
-    A slot whose state stops being finite terminates with reward 0 and keeps its last finite state until it is reset.
+    Nothing in :meth:`step` and :meth:`restart_where` waits for the host, and the state is updated in place. A slot whose
+    state stops being finite terminates with reward 0 and keeps its last finite state until it is reset.
     """
+
+    capturable: bool = True
 
     def __init__(
         self, env_id: str, task: TorchTask, num_envs: int, kwargs: Mapping[str, object], device: torch.device
@@ -75,8 +78,14 @@ class TorchBatchEnv(NativeBatchEnv):
         """See :meth:`NativeBatchEnv.restart`."""
         if len(rows):
             index = torch.from_numpy(rows).to(self.device)
-            self._state = self._state.index_copy(1, index, torch.from_numpy(starts.T).to(self.device))
-            self._elapsed = self._elapsed.index_fill(0, index, 0)
+            self._state.index_copy_(1, index, torch.from_numpy(starts.T).to(self.device))
+            self._elapsed.index_fill_(0, index, 0)
+        return self._task.observe(self._state)
+
+    def restart_where(self, mask: Tensor, starts: Tensor) -> Tensor:
+        """See :meth:`NativeBatchEnv.restart_where`."""
+        torch.where(mask, starts.T, self._state, out=self._state)
+        self._elapsed.masked_fill_(mask, 0)
         return self._task.observe(self._state)
 
     def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,15 +98,15 @@ class TorchBatchEnv(NativeBatchEnv):
         state, reward, terminated = self._task.advance(self._state, action)
         finite = state.isfinite().all(0) & reward.isfinite()
         moved = finite if live is None else finite & live
-        self.diverged = ~finite if live is None else ~finite & live
-        self._state = torch.where(moved, state, self._state)
+        self.diverged.copy_(~finite if live is None else ~finite & live)
+        torch.where(moved, state, self._state, out=self._state)
         reward = torch.where(moved, reward, 0.0)
         terminated = self.diverged.clone() if terminated is None else (terminated & moved) | self.diverged
         return self._task.observe(self._state), reward, terminated, self._count_step(live)
 
     def _count_step(self, live: Tensor | None) -> Tensor:
         """Count a step of the live slots; the slots among them that are at the time limit, ``(S,)`` bool."""
-        self._elapsed = self._elapsed + (1 if live is None else live)
+        self._elapsed.add_(1 if live is None else live)
         if self.max_episode_steps is None:
             return torch.zeros_like(self.diverged)
         truncated = self._elapsed >= self.max_episode_steps

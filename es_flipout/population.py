@@ -6,7 +6,7 @@ Letters: ``P`` members, ``n`` rows (chosen members), ``B`` rows of a block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -132,6 +132,31 @@ class Population:
         """See :func:`es_flipout.policies.initial_state`."""
         return initial_state(self._module, rows, self.device)
 
+    @property
+    def layout(self) -> Hashable:
+        """Equal for populations that can take over each other's numbers, see :meth:`load_`."""
+        tensors = [
+            (name, type(perturbation), attribute, value.shape, value.dtype)
+            for name, perturbation in self._perturbations.items()
+            for attribute, value in vars(perturbation).items()
+            if isinstance(value, Tensor) and value.ndim
+        ]
+        return self.members, self.row_block, str(self._module), tuple(tensors)
+
+    def fixed_copy(self) -> Population:
+        """A copy that no computation with it ever moves in memory: :meth:`load_` gives it other numbers in place."""
+        own = copy.deepcopy(self)
+        for perturbation in own._perturbations.values():
+            perturbation.keep_sigma_in_memory()
+        return own
+
+    @torch.no_grad()
+    def load_(self, other: Population) -> None:
+        """Take over all numbers of ``other``, of the same :attr:`layout`, in place; ``self`` is a :meth:`fixed_copy`."""
+        _load_module(self._conversion.twin, other._conversion.twin)
+        for name, perturbation in self._perturbations.items():
+            perturbation.load_(other._perturbations[name])
+
     def member(self, n: int) -> nn.Module:
         """A copy of the module with the dense weights of member ``n``.
 
@@ -178,6 +203,13 @@ class Selection:
             chosen = block_of == block
             self._blocks[block].put(place[chosen], members[chosen])
 
+    def replace_where(self, mask: Tensor, members: Tensor) -> None:
+        """From now on row ``i`` is member ``members[i]`` where ``mask`` holds; both ``(n,)``. Shapes depend on nothing."""
+        block = self._row_block
+        for number, rows in enumerate(self._blocks):
+            here = slice(number * block, (number + 1) * block)
+            rows.put_where(_padded(mask[here], block), _padded(members[here], block))
+
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Any:
         """As :meth:`Population.__call__` with the chosen members: ``(n, ..., in)`` to ``(n, ..., out)``.
@@ -219,6 +251,11 @@ class _Block:
         """Give the rows ``(k,)`` to other members ``(k,)``."""
         for perturbation, own in self._weights.values():
             own.put(rows, perturbation.select(members))
+
+    def put_where(self, mask: Tensor, members: Tensor) -> None:
+        """Give the rows where ``mask`` holds to ``members``, both ``(n,)``."""
+        for perturbation, own in self._weights.values():
+            own.put_where(mask, perturbation.select(members))
 
     def values(self, name: str) -> Tensor:
         """A parameter of the members in the rows, ``(n, *shape)``."""
@@ -270,6 +307,24 @@ class Unperturbed:
     def replace(self, rows: Tensor, members: Tensor) -> None:
         """Nothing changes: every row is the module."""
 
+    def replace_where(self, mask: Tensor, members: Tensor) -> None:
+        """Nothing changes: every row is the module."""
+
+    @property
+    def layout(self) -> Hashable:
+        """See :attr:`Population.layout`."""
+        shapes = [(name, value.shape, value.dtype) for name, value in self.module.state_dict().items()]
+        return self.size, self.row_block, str(self.module), tuple(shapes)
+
+    def fixed_copy(self) -> Unperturbed:
+        """See :meth:`Population.fixed_copy`."""
+        return Unperturbed(copy.deepcopy(self.module), self.size, self.row_block)
+
+    @torch.no_grad()
+    def load_(self, other: Unperturbed) -> None:
+        """See :meth:`Population.load_`."""
+        _load_module(self.module, other.module)
+
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Any:
         """``(n, ..., in)`` to ``(n, ..., out)``."""
@@ -289,6 +344,13 @@ def _in_blocks(
         kept = min(row_block, rows - start)
         outputs.append(tree_map_only(Tensor, lambda y, kept=kept: y[:kept], forward(block, part)))
     return outputs[0] if len(outputs) == 1 else tree_map(lambda *parts: torch.cat(parts), *outputs)
+
+
+def _load_module(own: nn.Module, other: nn.Module) -> None:
+    """Copy the parameters and buffers of a module of the same class, in place."""
+    theirs = dict((*other.named_parameters(), *other.named_buffers()))
+    for name, tensor in (*own.named_parameters(), *own.named_buffers()):
+        tensor.copy_(theirs[name])
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -9,6 +9,7 @@ Letters: ``P`` members, ``E`` episodes of each, ``J = P * E`` jobs, ``S`` slots 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -201,7 +202,8 @@ def run(
     actions = action_map if action_map is not None else ActionMap(envs[0].action_space)
     limit = envs[0].max_episode_steps
     cap = max_episode_steps if max_episode_steps is not None and (limit is None or max_episode_steps < limit) else None
-    lanes = [_Lane(e, population, jobs, norm, actions.to(population.device), cap) for e in envs]
+    own_actions = copy.copy(actions).to(population.device)  # the caller's stays where it is
+    lanes = [_Lane(e, population, jobs, norm, own_actions, cap) for e in envs]
     if len(lanes) == 1:
         _run_alone(lanes[0], should_stop)
     else:
@@ -295,10 +297,21 @@ class _Jobs:
         return jobs // self.shape[1]
 
     def result(self, alive_bonus: float) -> Rollout:
-        assert bool((self.lengths > 0).all()), "a job was lost"
-        steps = float(self.lengths[: self.moment_jobs].sum())
-        blocks = Moments(steps, _block_sums(self.total), _block_sums(self.squares))
-        return Rollout(self.returns.view(self.shape), self.lengths.view(self.shape), blocks, self.diverged, alive_bonus)
+        returns, lengths = self.returns.view(self.shape), self.lengths.view(self.shape)
+        return rollout_of(returns, lengths, self.total, self.squares, self.diverged, alive_bonus)
+
+
+def rollout_of(
+    returns: Tensor, lengths: Tensor, total: Tensor, squares: Tensor, diverged: int, alive_bonus: float
+) -> Rollout:
+    """The rollout from the sums over each job.
+
+    ``returns`` and ``lengths`` are ``(P, E)``; ``total`` and ``squares`` ``(jobs, O)`` float64, sums over the observations of
+    each of the first jobs; for the others see :class:`Rollout`.
+    """
+    assert bool((lengths > 0).all()), "a job was lost"
+    steps = float(lengths.flatten()[: len(total)].sum())
+    return Rollout(returns, lengths, Moments(steps, _block_sums(total), _block_sums(squares)), diverged, alive_bonus)
 
 
 def _block_sums(sums: Tensor) -> Tensor:
@@ -376,7 +389,8 @@ class _Lane:
             self.total += obs
             self.squares.addcmul_(obs, obs)
         x = obs if self.rows is None else obs[self.rows]
-        action = self.actions(self._outputs(self.norm(x.to(self.population.device)))).to(self.env.device)
+        # Statistics are where the observations are: on the host.
+        action = self.actions(self._outputs(self.norm(x).to(self.population.device))).to(self.env.device)
         if self.rows is None:
             return action
         full = action.new_zeros(len(self.live), *action.shape[1:])

@@ -13,6 +13,7 @@ from toy_envs import lanes_of
 from es_flipout.bench import forward, rollout
 from es_flipout.bench.timing import Measured, Spread, interleave, repeated
 from es_flipout.errors import UserError
+from es_flipout.memory import stored_bytes
 
 
 def fake(rates: list[float], calls: list[str], name: str) -> Callable[[], Measured]:
@@ -71,7 +72,7 @@ def test_stored_bytes_counts_shared_memory_once() -> None:
     whole = torch.zeros(100)
     holder = SimpleNamespace(parts={"a": whole[:50], "b": [whole[50:], whole]})
     holder.itself = holder
-    assert forward.stored_bytes(holder) == 400
+    assert stored_bytes(holder) == 400
 
 
 def printed() -> tuple[Console, StringIO]:

@@ -22,6 +22,7 @@ ORDER = (
     "perturbations.low_rank",
     "perturbations",  # the factory in __init__.py
     "layers",
+    "memory",
     "policies",
     "observation_norm",
     "agent",
@@ -31,7 +32,9 @@ ORDER = (
     "estimator",
     "strategy",
     "rollout",
+    "device_rollout",
     "player",
+    "device_player",
     "runinfo",
     "evaluate",
     "checkpoint",

@@ -11,7 +11,7 @@ that a population (and a selection of it, as large as a rollout's slots) holds.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from es_flipout.bench.timing import Measure, interleave, repeated, report
+from es_flipout.memory import stored_bytes
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 from es_flipout.policies import MLP
 from es_flipout.strategy import EvolutionStrategy
@@ -155,29 +156,6 @@ def _measure_memory(options: ForwardBench) -> list[dict[str, Any]]:
         rows.append({"family": name, "layers": sizes, "population_bytes": stored, "selection_bytes": selected})
     dense = options.memory_members * weights * _FLOAT_BYTES
     return [*rows, {"family": "dense", "layers": sizes, "population_bytes": dense, "selection_bytes": None}]
-
-
-def stored_bytes(*roots: object) -> int:
-    """Bytes of all tensors that can be reached from ``roots``; memory that several share counts once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(roots)}
-    return sum(storages.values())
-
-
-def _tensors(roots: Sequence[object]) -> Iterator[Tensor]:
-    seen: set[int] = set()
-    waiting = list(roots)
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Tensor):
-            yield item
-        elif id(item) not in seen and not isinstance(item, type):
-            seen.add(id(item))
-            if isinstance(item, dict):
-                waiting.extend(item.values())
-            elif isinstance(item, list | tuple | set):
-                waiting.extend(item)
-            else:
-                waiting.extend(getattr(item, "__dict__", {}).values())
 
 
 def _forward_table(options: ForwardBench, points: list[dict[str, Any]]) -> Table:

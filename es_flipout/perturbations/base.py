@@ -66,6 +66,14 @@ class Rows:
             if own is not None:
                 own[index] = getattr(other, field.name)
 
+    def put_where(self, mask: Tensor, other: Rows) -> None:
+        """Overwrite the rows where ``mask`` ``(n,)`` holds with those of ``other``: in place, whatever the mask holds."""
+        for field in fields(self):
+            own = getattr(self, field.name)
+            if isinstance(own, Tensor):
+                chosen = mask.view(-1, *(1,) * (own.ndim - 1))
+                own.copy_(torch.where(chosen, getattr(other, field.name), own))
+
 
 RowsT = TypeVar("RowsT", bound=Rows)
 
@@ -83,9 +91,20 @@ class Perturbation(ABC, Generic[RowsT]):
 
     def __init__(self, mean: Tensor, sigma: float, members: Members, address: Address) -> None:
         self.mean = mean
-        self.sigma = sigma
+        self.sigma: float | Tensor = sigma
         self.members = members
         self.address = address
+
+    def keep_sigma_in_memory(self) -> None:
+        """Make sigma a tensor, so that it can change where the numbers of a computation cannot (a CUDA graph)."""
+        self.sigma = torch.as_tensor(self.sigma, dtype=torch.float64, device=self.mean.device)
+
+    def load_(self, other: Perturbation[RowsT]) -> None:
+        """Take over mean, sigma and noise of ``other``, of the same family and shape, without moving in memory."""
+        for name, own in vars(self).items():
+            if isinstance(own, Tensor):
+                theirs = getattr(other, name)
+                own.copy_(theirs) if isinstance(theirs, Tensor) else own.fill_(theirs)
 
     @abstractmethod
     def select(self, members: Tensor) -> RowsT:

@@ -37,12 +37,21 @@ class FlipoutRows(Rows):
     base: Tensor | None
 
     def __post_init__(self) -> None:
-        self.bases_used = [0] if self.base is None else self.base.unique().tolist()
+        self.bases_used: list[int] | None  # None: any
+        if self.base is None:
+            self.bases_used = [0]
+        else:  # looking is not worth waiting for another device
+            self.bases_used = self.base.unique().tolist() if self.base.device.type == "cpu" else None
 
     @override
     def put(self, index: Tensor, other: Rows) -> None:
         super().put(index, other)
         self.__post_init__()
+
+    @override
+    def put_where(self, mask: Tensor, other: Rows) -> None:
+        super().put_where(mask, other)
+        self.bases_used = [0] if self.base is None else None
 
 
 class FlipoutPerturbation(Perturbation[FlipoutRows]):
@@ -107,7 +116,7 @@ class FlipoutPerturbation(Perturbation[FlipoutRows]):
 
     def _each_with_its_base(self, rows: FlipoutRows, product_with: Callable[[int], Tensor]) -> Tensor:
         """Every base with all rows, of which each keeps its own: no shape ever depends on the members."""
-        first, *others = rows.bases_used
+        first, *others = range(len(self.base)) if rows.bases_used is None else rows.bases_used
         product = product_with(first)
         for m in others:
             own = (rows.base == m).view(-1, *(1,) * (product.ndim - 1))
