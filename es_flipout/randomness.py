@@ -115,9 +115,18 @@ def words(address: Address, stream: Stream, members: Tensor, count: int) -> Tens
 
 def signs(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
     """Independent fair signs, ``(n, count)`` int8 with values exactly -1 and +1 (arguments as for :func:`words`)."""
-    packed = words(address, stream, members, -(-count // 32))
+    return unpacked_signs(packed_signs(address, stream, members, count), count)
+
+
+def packed_signs(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
+    """The numbers of :func:`signs` in one bit each, ``(n, ceil(count / 32))`` int32; a 1 stands for +1, the lowest bit first."""
+    return words(address, stream, members, -(-count // 32)).to(torch.int32)
+
+
+def unpacked_signs(packed: Tensor, count: int) -> Tensor:
+    """``(n, ceil(count / 32))`` int32 of :func:`packed_signs` to ``(n, count)`` int8."""
     octets = torch.stack([(packed >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
-    return _sign_table(members.device)[octets.view(len(members), -1)].view(len(members), -1)[:, :count]
+    return _sign_table(packed.device)[octets.view(len(packed), -1)].view(len(packed), -1)[:, :count]
 
 
 def normals(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:

@@ -1,0 +1,215 @@
+"""One linear layer of all members: ``y = x W^T + sigma r * ((s * x) B^T) + bias`` and an activation, in one kernel."""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# ruff: noqa: ANN001, ANN201, ANN202
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from es_flipout.kernels import Activation, Precision, interpreted
+from es_flipout.kernels.signs import sign_of
+from es_flipout.kernels.tiles import (
+    Tuned,
+    activated,
+    activated_torch,
+    block,
+    bucket,
+    config,
+    flipped,
+    on_device,
+    product,
+    product_torch,
+)
+from es_flipout.randomness import unpacked_signs
+
+
+@dataclass(frozen=True, eq=False)
+class FlipoutLayer:
+    """One flipout layer and what is done to its output.
+
+    Attributes:
+        weight: ``(out, in)``, the mean, float32 or bfloat16.
+        base: ``(M, out, in)``, float32 or bfloat16; where it is of -1, 0 and 1 also int8 or float8_e4m3fn, which is exact.
+        r, s: ``(num_sources, ceil(out / 32))`` and ``(num_sources, ceil(in / 32))`` int32, packed signs.
+        base_of_source: ``(num_sources,)`` int64; None where ``M`` is 1.
+        bias: ``(out,)`` float32, the mean; None without one.
+        bias_noise: ``(num_sources, out)`` float32, in units of sigma; None for a bias that is the same for all.
+        activation: of the output.
+    """
+
+    weight: Tensor
+    base: Tensor
+    r: Tensor
+    s: Tensor
+    base_of_source: Tensor | None = None
+    bias: Tensor | None = None
+    bias_noise: Tensor | None = None
+    activation: Activation = "none"
+
+
+def linear(
+    x: Tensor,
+    layer: FlipoutLayer,
+    members: Tensor,
+    share: int,
+    sigma: float,
+    precision: Precision = "ieee",
+    bias_rows: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Row ``i`` of ``x`` through the layer of the member it belongs to.
+
+    Args:
+        x: ``(n B, in)``, with rows ``B i`` to ``B i + B - 1`` of member ``members[i]``.
+        layer: the layer of all members.
+        members: ``(n,)`` int32 or int64; any of them, in any order, also repeated.
+        share: members of one noise source: 2 with antithetic pairs.
+        sigma: perturbation standard deviation.
+        precision: of the products; sums are float32.
+        bias_rows: ``(n, out)``, another bias for each row of ``members``, in place of that of the layer.
+        out: ``(n B, out)`` float32 or bfloat16, where to write.
+
+    Returns:
+        ``(n B, out)``, of the dtype of ``x``, or ``out``.
+    """
+    rows, (bases, size_out, size_in) = len(x), layer.base.shape
+    y = torch.empty(rows, size_out, dtype=x.dtype, device=x.device) if out is None else out
+    if rows == 0:
+        return y
+    bias, noise = (layer.bias, layer.bias_noise) if bias_rows is None else (None, None)
+
+    def grid(sizes: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(size_out, sizes["BLOCK_N"])
+
+    with on_device(x):
+        _linear.launch(
+            grid, _configs(size_out, size_in, precision),
+            x.contiguous(), layer.weight, layer.base, layer.r, layer.s, layer.base_of_source, members, bias, noise,
+            bias_rows, y, rows, rows // len(members), size_out, size_in, layer.r.shape[1], layer.s.shape[1], sigma,
+            bucket(rows),
+            BASES=bases, SHARE=share, ACTIVATION=layer.activation, PRECISION=precision,
+        )  # fmt: skip
+    return y
+
+
+def linear_torch(
+    x: Tensor,
+    layer: FlipoutLayer,
+    members: Tensor,
+    share: int,
+    sigma: float,
+    precision: Precision = "ieee",
+    bias_rows: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Twin of :func:`linear`."""
+    _, size_out, size_in = layer.base.shape
+    per_member = len(x) // len(members)
+    of_row = members.repeat_interleave(per_member)
+    source, sign = of_row // share, sign_of(of_row, share)
+    flips = x.float() * unpacked_signs(layer.s[source], size_in)
+    base = torch.zeros_like(source) if layer.base_of_source is None else layer.base_of_source[source]
+    noise = x.new_zeros(len(x), size_out, dtype=torch.float32)
+    for m, matrix in enumerate(layer.base):
+        noise = torch.where((base == m)[:, None], product_torch(flips, matrix.float().T, precision), noise)
+    scale = (sigma * sign)[:, None]
+    y = noise * (unpacked_signs(layer.r[source], size_out) * scale)
+    if bias_rows is not None:
+        y += bias_rows.repeat_interleave(per_member, 0)
+    elif layer.bias is not None:
+        y += layer.bias if layer.bias_noise is None else layer.bias + scale * layer.bias_noise[source]
+    y = activated_torch(y + product_torch(x, layer.weight.T, precision), layer.activation)
+    return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_key"])
+def _linear_kernel(
+    x, weight, base, r, s, base_of_source, members, bias, bias_noise, bias_rows, y,
+    rows, per_member, size_out, size_in, r_width, s_width, sigma, rows_key,
+    BASES: tl.constexpr, SHARE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = tl.program_id(1) * BLOCK_N
+    col = first_col + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row_in, col_in = (row < rows)[:, None], (col < size_out)[None, :]
+    place = row // per_member
+    member = tl.load(members + place, mask=row < rows, other=0)
+    source = (member // SHARE).to(tl.int64)
+    scale = tl.zeros((BLOCK_M,), tl.float32) + sigma
+    if SHARE == 2:
+        scale = tl.where(member % 2 == 0, scale, -scale)
+
+    # The noise of the rows, with every base that one of them has.
+    x_at = x + row.to(tl.int64) * size_in
+    transposed = col[None, :].to(tl.int64) * size_in
+    first, last = 0, 0
+    own = tl.zeros((BLOCK_M,), tl.int64)
+    if BASES > 1:
+        own = tl.load(base_of_source + source)
+        first, last = tl.min(own), tl.max(own)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for m in range(first, last + 1):
+        noise = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        base_at = base + m * size_out * size_in + transposed
+        for start in range(0, size_in, BLOCK_K):
+            inside = start + k < size_in
+            part = tl.load(x_at[:, None] + (start + k)[None, :], mask=row_in & inside[None, :], other=0.0)
+            part = flipped(part, s + source * s_width, s_width, start, BLOCK_K)
+            matrix = tl.load(base_at + (start + k)[:, None], mask=inside[:, None] & col_in, other=0.0)
+            noise = product(part, matrix, noise, PRECISION)
+        if BASES > 1:
+            total = tl.where((own == m)[:, None], noise, total)
+        else:
+            total = noise
+    total = flipped(total, r + source * r_width, r_width, first_col, BLOCK_N) * scale[:, None]
+
+    if bias_rows is not None:
+        at = (bias_rows + place.to(tl.int64) * size_out)[:, None] + col[None, :]
+        total += tl.load(at, mask=row_in & col_in, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + col, mask=col < size_out, other=0.0)[None, :]
+    if bias_noise is not None:
+        at = (bias_noise + source * size_out)[:, None] + col[None, :]
+        total += scale[:, None] * tl.load(at, mask=row_in & col_in, other=0.0)
+
+    for start in range(0, size_in, BLOCK_K):
+        inside = start + k < size_in
+        part = tl.load(x_at[:, None] + (start + k)[None, :], mask=row_in & inside[None, :], other=0.0)
+        matrix = tl.load(weight + transposed + (start + k)[:, None], mask=inside[:, None] & col_in, other=0.0)
+        total = product(part, matrix, total, PRECISION)
+    total = activated(total, ACTIVATION)
+    y_at = (y + row.to(tl.int64) * size_out)[:, None] + col[None, :]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=row_in & col_in)
+
+
+_linear = Tuned(
+    _linear_kernel,
+    ("rows_key", "size_out", "size_in", "BASES", "ACTIVATION", "PRECISION"),
+)
+
+
+def _configs(size_out: int, size_in: int, precision: Precision) -> tuple[triton.Config, ...]:
+    """Block sizes worth trying; with tensor cores only such as use the same instructions, and so give the same bits."""
+    if interpreted():
+        return (config(BLOCK_M=32, BLOCK_N=block(size_out, 32), BLOCK_K=block(size_in, 32)),)
+    n, k = block(size_out, 64), block(size_in, 32)
+    if precision == "ieee":
+        return (
+            config(4, BLOCK_M=32, BLOCK_N=n, BLOCK_K=k),
+            config(4, BLOCK_M=64, BLOCK_N=n, BLOCK_K=k),
+            config(8, BLOCK_M=128, BLOCK_N=n, BLOCK_K=k),
+        )
+    wide, deep = block(size_out, 128), block(size_in, 64)
+    return (
+        config(4, 3, BLOCK_M=64, BLOCK_N=n, BLOCK_K=deep),
+        config(4, 3, BLOCK_M=128, BLOCK_N=n, BLOCK_K=deep),
+        config(8, 3, BLOCK_M=128, BLOCK_N=wide, BLOCK_K=deep),
+    )

@@ -1,0 +1,269 @@
+"""A whole small network of all members in one kernel: activations never leave the chip."""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# ruff: noqa: ANN001, ANN201, ANN202
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from es_flipout.kernels import Precision, interpreted
+from es_flipout.kernels.linear import FlipoutLayer, linear_torch
+from es_flipout.kernels.tiles import Tuned, activated, block, bucket, config, flipped, narrowed, on_device, product
+
+WIDEST = 256  # outputs of a layer
+MOST_LAYERS = 4
+_WIDEST_IN_REGISTERS = 64
+_MOST_ROWS = 128  # of one program
+
+
+def fits(layers: Sequence[FlipoutLayer]) -> bool:
+    """Whether :func:`mlp` can compute the layers: at most ``MOST_LAYERS``, of ``WIDEST`` outputs, with one base each."""
+    return 1 <= len(layers) <= MOST_LAYERS and all(
+        layer.weight.shape[0] <= WIDEST and len(layer.base) == 1 for layer in layers
+    )
+
+
+def mlp(
+    x: Tensor,
+    layers: Sequence[FlipoutLayer],
+    members: Tensor,
+    share: int,
+    sigma: float,
+    precision: Precision = "ieee",
+) -> Tensor:
+    """Row ``i`` of ``x`` through all layers of the member it belongs to.
+
+    Args:
+        x: ``(n B, in)``, with rows ``B i`` to ``B i + B - 1`` of member ``members[i]``.
+        layers: for which :func:`fits` holds.
+        members: ``(n,)`` int32 or int64; any of them, in any order, also repeated.
+        share: members of one noise source: 2 with antithetic pairs.
+        sigma: perturbation standard deviation.
+        precision: of the products; sums and activations are float32.
+
+    Returns:
+        ``(n B, out)``, of the dtype of ``x``.
+    """
+    sizes = (layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers))
+    y = torch.empty(len(x), sizes[-1], dtype=x.dtype, device=x.device)
+    if len(x) == 0:
+        return y
+    widest = max((16, *sizes[1:-1]))
+    in_registers = precision != "ieee" and widest <= _WIDEST_IN_REGISTERS
+    programs = _programs(x.device)
+    kept = None
+    if not in_registers:
+        kept_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        kept = torch.empty(programs * 2 * _MOST_ROWS * widest, dtype=kept_dtype, device=x.device)
+
+    def grid(blocks: dict[str, int]) -> tuple[int]:
+        tiles = triton.cdiv(len(x), blocks["BLOCK_M"])
+        return (tiles if in_registers else min(tiles, programs),)
+
+    with on_device(x):
+        _mlp.launch(
+            grid, _configs(max(sizes[1:]), precision, in_registers),
+            x.contiguous(), tuple(layer.weight for layer in layers), tuple(layer.base for layer in layers),
+            tuple(layer.r for layer in layers), tuple(layer.s for layer in layers),
+            tuple(layer.bias for layer in layers), tuple(layer.bias_noise for layer in layers), members, kept, y,
+            len(x), len(x) // len(members), sigma, bucket(len(x)),
+            SIZES=sizes, WIDEST=widest, ACTIVATIONS=tuple(layer.activation for layer in layers), LAYERS=len(layers),
+            SHARE=share, PRECISION=precision,
+        )  # fmt: skip
+    return y
+
+
+def mlp_torch(
+    x: Tensor,
+    layers: Sequence[FlipoutLayer],
+    members: Tensor,
+    share: int,
+    sigma: float,
+    precision: Precision = "ieee",
+) -> Tensor:
+    """Twin of :func:`mlp`."""
+    y = x.float()
+    for layer in layers:
+        y = linear_torch(y, layer, members, share, sigma, precision)
+    return y.to(x.dtype)
+
+
+# Two ways to keep activations on the chip. Up to a width they are a tuple of tiles of BLOCK_N columns in registers, with
+# unrolled loops over them, because Triton cannot take a part of a tile. Beyond it they go through a buffer, small enough to
+# stay in the caches because every program uses its own part again and again.
+@triton.jit(do_not_specialize=["rows", "rows_key"])
+def _mlp_kernel(
+    x, weights, bases, rs, ss, biases, bias_noises, members, kept, y, rows, per_member, sigma, rows_key,
+    SIZES: tl.constexpr, WIDEST: tl.constexpr, ACTIVATIONS: tl.constexpr, LAYERS: tl.constexpr, SHARE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    for tile in tl.range(tl.program_id(0), (rows + BLOCK_M - 1) // BLOCK_M, tl.num_programs(0), num_stages=1):
+        place = tl.arange(0, BLOCK_M)
+        row = tile * BLOCK_M + place
+        member = tl.load(members + row // per_member, mask=row < rows, other=0)
+        source = (member // SHARE).to(tl.int64)
+        scale = tl.zeros((BLOCK_M,), tl.float32) + sigma
+        if SHARE == 2:
+            scale = tl.where(member % 2 == 0, scale, -scale)
+        x_at = (x + row.to(tl.int64) * SIZES[0])[:, None]
+        y_at = (y + row.to(tl.int64) * SIZES[LAYERS])[:, None]
+        row_in = (row < rows)[:, None]
+        if kept is None:
+            hidden = ()
+            for layer in tl.static_range(LAYERS):
+                hidden = _layer_in_registers(
+                    hidden, x_at, y_at, row_in, source, scale, weights[layer], bases[layer], rs[layer], ss[layer],
+                    biases[layer], bias_noises[layer], SIZES[layer], SIZES[layer + 1],
+                    _tile(SIZES[layer], BLOCK_K if layer == 0 else BLOCK_N), _tile(SIZES[layer + 1], BLOCK_N),
+                    ACTIVATIONS[layer], layer == 0, layer == LAYERS - 1, PRECISION, BLOCK_M,
+                )  # fmt: skip
+        else:
+            own = kept + tl.program_id(0).to(tl.int64) * (2 * BLOCK_M * WIDEST)
+            for layer in tl.static_range(LAYERS):
+                before = (own + (layer % 2) * (BLOCK_M * WIDEST) + place * SIZES[layer])[:, None]
+                after = (own + ((layer + 1) % 2) * (BLOCK_M * WIDEST) + place * SIZES[layer + 1])[:, None]
+                _layer_in_memory(
+                    x_at if layer == 0 else before, y_at if layer == LAYERS - 1 else after, row_in, source, scale,
+                    weights[layer], bases[layer], rs[layer], ss[layer], biases[layer], bias_noises[layer],
+                    SIZES[layer], SIZES[layer + 1], _tile(SIZES[layer], BLOCK_K), _tile(SIZES[layer + 1], BLOCK_N),
+                    ACTIVATIONS[layer], PRECISION, BLOCK_M,
+                )  # fmt: skip
+                tl.debug_barrier()  # other threads read what this one wrote
+
+
+@triton.jit
+def _layer_in_registers(
+    hidden, x_at, y_at, row_in, source, scale, weight, base, r, s, bias, bias_noise,
+    SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The tiles of one layer's output; the first reads its input from memory, the last writes its output there."""
+    after = ()
+    s_at = s + source * ((SIZE_IN + 31) // 32)
+    for number in tl.static_range((SIZE_OUT + TILE_OUT - 1) // TILE_OUT):
+        col = number * TILE_OUT + tl.arange(0, TILE_OUT)
+        total = tl.zeros((BLOCK_M, TILE_OUT), tl.float32)
+        if FIRST:
+            total = _times(x_at, base, s_at, col, row_in, total, True, SIZE_IN, SIZE_OUT, TILE_IN, PRECISION)
+        else:
+            total = _hidden_times(hidden, base, s_at, col, total, True, SIZE_IN, SIZE_OUT, TILE_IN, PRECISION)
+        total = _noise(total, r, bias, bias_noise, source, scale, row_in, number * TILE_OUT, SIZE_OUT, TILE_OUT)
+        if FIRST:
+            total = _times(x_at, weight, s_at, col, row_in, total, False, SIZE_IN, SIZE_OUT, TILE_IN, PRECISION)
+        else:
+            total = _hidden_times(hidden, weight, s_at, col, total, False, SIZE_IN, SIZE_OUT, TILE_IN, PRECISION)
+        total = activated(total, ACTIVATION)
+        if LAST:
+            tl.store(y_at + col[None, :], total.to(y_at.dtype.element_ty), mask=row_in & (col < SIZE_OUT)[None, :])
+        else:
+            after = after + (narrowed(total, PRECISION),)
+    return after
+
+
+@triton.jit
+def _layer_in_memory(
+    x_at, y_at, row_in, source, scale, weight, base, r, s, bias, bias_noise,
+    SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    s_at = s + source * ((SIZE_IN + 31) // 32)
+    for start in range(0, SIZE_OUT, TILE_OUT):
+        col = start + tl.arange(0, TILE_OUT)
+        total = tl.zeros((BLOCK_M, TILE_OUT), tl.float32)
+        total = _times(x_at, base, s_at, col, row_in, total, True, SIZE_IN, SIZE_OUT, TILE_IN, PRECISION)
+        total = _noise(total, r, bias, bias_noise, source, scale, row_in, start, SIZE_OUT, TILE_OUT)
+        total = _times(x_at, weight, s_at, col, row_in, total, False, SIZE_IN, SIZE_OUT, TILE_IN, PRECISION)
+        total = activated(total, ACTIVATION)
+        tl.store(y_at + col[None, :], total.to(y_at.dtype.element_ty), mask=row_in & (col < SIZE_OUT)[None, :])
+
+
+@triton.jit
+def _times(
+    x_at, matrix, s_at, col, row_in, total, FLIP: tl.constexpr, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``total`` plus rows in memory, flipped or as they are, times some columns of a transposed matrix."""
+    for start in range(0, SIZE_IN, TILE_IN):
+        k = start + tl.arange(0, TILE_IN)
+        part = tl.load(x_at + k[None, :], mask=row_in & (k < SIZE_IN)[None, :], other=0.0)
+        if FLIP:
+            part = flipped(part, s_at, (SIZE_IN + 31) // 32, start, TILE_IN)
+        inside = (k < SIZE_IN)[:, None] & (col < SIZE_OUT)[None, :]
+        columns = tl.load(matrix + col[None, :] * SIZE_IN + k[:, None], mask=inside, other=0.0)
+        total = product(part, columns, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _hidden_times(
+    hidden, matrix, s_at, col, total, FLIP: tl.constexpr, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_times` with the rows in registers."""
+    for number in tl.static_range(len(hidden)):
+        k = number * TILE_IN + tl.arange(0, TILE_IN)
+        part = hidden[number]
+        if FLIP:
+            part = flipped(part, s_at, (SIZE_IN + 31) // 32, number * TILE_IN, TILE_IN)
+        inside = (k < SIZE_IN)[:, None] & (col < SIZE_OUT)[None, :]
+        columns = tl.load(matrix + col[None, :] * SIZE_IN + k[:, None], mask=inside, other=0.0)
+        total = product(part, columns, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _noise(
+    total, r, bias, bias_noise, source, scale, row_in, start, SIZE_OUT: tl.constexpr, TILE_OUT: tl.constexpr
+):
+    """The noise of the outputs from ``start`` with its signs and sigma, and the biases."""
+    col = start + tl.arange(0, TILE_OUT)
+    total = flipped(total, r + source * ((SIZE_OUT + 31) // 32), (SIZE_OUT + 31) // 32, start, TILE_OUT) * scale[:, None]
+    if bias is not None:
+        total += tl.load(bias + col, mask=col < SIZE_OUT, other=0.0)[None, :]
+    if bias_noise is not None:
+        at = (bias_noise + source * SIZE_OUT)[:, None] + col[None, :]
+        total += scale[:, None] * tl.load(at, mask=row_in & (col < SIZE_OUT)[None, :], other=0.0)
+    return total
+
+
+@triton.constexpr_function
+def _tile(size, chunk):
+    """Columns of one tile of a layer of ``size``: a power of two, as products ask for."""
+    return max(16, min(chunk, triton.next_power_of_2(size)))
+
+
+_mlp = Tuned(_mlp_kernel, ("rows_key", "SIZES", "ACTIVATIONS", "PRECISION"))
+
+
+def _programs(device: torch.device) -> int:
+    """Programs that run at a time, about: each keeps activations of its own."""
+    if device.type != "cuda":
+        return 2
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _configs(widest: int, precision: Precision, in_registers: bool) -> tuple[triton.Config, ...]:
+    """Block sizes worth trying; with tensor cores only such as use the same instructions, and so give the same bits."""
+    if interpreted():
+        return (config(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32),)
+    if in_registers:
+        n = block(widest, 64)
+        return (
+            config(4, BLOCK_M=64, BLOCK_N=n, BLOCK_K=32),
+            config(4, BLOCK_M=128, BLOCK_N=n, BLOCK_K=32),
+            config(8, BLOCK_M=128, BLOCK_N=n, BLOCK_K=32),
+        )
+    if precision == "ieee":
+        return tuple(config(4, 3, BLOCK_M=m, BLOCK_N=block(widest, 64), BLOCK_K=16) for m in (16, 32, 64))
+    k = 64 if precision == "bf16" else 32
+    return (
+        config(4, 3, BLOCK_M=64, BLOCK_N=block(widest, 64), BLOCK_K=k),
+        config(4, 3, BLOCK_M=64, BLOCK_N=block(widest, 128), BLOCK_K=k),
+        config(8, 3, BLOCK_M=128, BLOCK_N=block(widest, 128), BLOCK_K=k),
+    )
