@@ -92,6 +92,10 @@ class TrainConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policies are computed."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Fused Triton kernels or plain torch for the policies; auto takes Triton on CUDA."""
+    precision: Literal["ieee", "tf32x3", "tf32", "bf16"] = "ieee"
+    """Precision of the products in the Triton kernels; sums are always float32."""
     backend: Literal["local", "ray"] = "local"
     """One machine, or a Ray cluster."""
     threads: int | None = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from es_flipout.errors import UserError
+from es_flipout.kernels import Activation
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -32,13 +33,18 @@ def tanh(x: Tensor) -> Tensor:
     return torch.from_numpy(np.tanh(values, out=np.empty_like(values)))
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "tanh": tanh,
     "relu": torch.relu,
     "elu": nn.functional.elu,
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
 }
+
+
+def activation_name(function: Callable[[Tensor], Tensor]) -> Activation:
+    """The name under which :class:`MLP` knows an activation."""
+    return next(name for name, known in _ACTIVATIONS.items() if known is function)
 
 
 class MLP(nn.Module):

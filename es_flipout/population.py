@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,14 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from es_flipout.errors import UserError
+from es_flipout.kernels import KernelChoice, Precision, check_precision, chosen
 from es_flipout.layers import Conversion, Weight, convert, stays_still
 from es_flipout.perturbations import Family, Fixed, Independent, Members, Perturbation
 from es_flipout.policies import initial_state
 from es_flipout.randomness import Address
+
+if TYPE_CHECKING:
+    from es_flipout.fused import FusedSelection, Network
 
 _MOST_ROWS = 1024
 _FEWEST_ROWS = 128
@@ -40,7 +44,12 @@ class Population:
         size: ``P`` (of this share).
         seed, generation: with a member's number they determine its perturbation.
         row_block: forwards are computed in blocks of exactly this many rows (the last one padded), because a BLAS may
-            round a row differently when the batch has another shape; by default see :func:`row_block_for`.
+            round a row differently when the batch has another shape; by default see :func:`row_block_for`. The kernels
+            need no blocks: they compute every row by itself.
+
+    Args:
+        kernels: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it can be used; see :func:`es_flipout.kernels.chosen`.
+        precision: of the products in the Triton kernels.
     """
 
     def __init__(
@@ -52,6 +61,8 @@ class Population:
         seed: int,
         generation: int,
         row_block: int | None = None,
+        kernels: KernelChoice = "auto",
+        precision: Precision = "ieee",
     ) -> None:
         self.size = members.size
         self.members = members
@@ -62,7 +73,19 @@ class Population:
         # A copy: the population stays what it was when the strategy moves the mean.
         self._module = copy.deepcopy(module)
         self._conversion = convert(self._module)
+        self._kernels: KernelChoice = kernels
+        self._precision: Precision = check_precision(precision)
         self._perturbations = self._perturbed(family)
+        self._network = self._fused()
+
+    def _fused(self) -> Network | None:
+        """The whole module as a chain of kernels, where it is one."""
+        first = next(self._module.parameters())
+        if not chosen(self._kernels, self.device, first.dtype):
+            return None
+        from es_flipout.fused import fuse  # imports Triton, which not every machine has
+
+        return fuse(self._module, self._perturbations)
 
     def _perturbed(self, family: Family) -> dict[str, Perturbation[Any]]:
         """The perturbation of every parameter, by its name in the module."""
@@ -81,7 +104,9 @@ class Population:
                 perturbations[name] = Fixed(mean, self.sigma, self.members, address)
             elif is_matrix:
                 still = stays_still(self._module, parameter)
-                perturbations[name] = family.matrix(mean, self.sigma, self.members, address, still)
+                use_kernels = chosen(self._kernels, self.device, mean.dtype)
+                precision = self._precision if use_kernels else None
+                perturbations[name] = family.matrix(mean, self.sigma, self.members, address, still, precision)
             else:
                 perturbations[name] = Independent(mean, self.sigma, self.members, address)
         return perturbations
@@ -115,6 +140,9 @@ class Population:
             if x.ndim < 1 or x.shape[0] != self.size:
                 raise ValueError(f"input must have shape (P, ..., in) with P = {self.size}, got {tuple(x.shape)}")
             numbers = max(numbers, x[0].numel())
+        if self._network is not None:
+            (x,) = inputs
+            return self._network(x, torch.arange(self.size, device=self.device))
         # As many rows as a rollout has, but no more than the inputs of a few million numbers.
         row_block = min(self.row_block, 1 << (max(_CALL_NUMBERS // numbers, 1).bit_length() - 1))
         outputs = []
@@ -124,8 +152,12 @@ class Population:
             outputs.append(Selection(self, members, row_block)(*part))
         return outputs[0] if len(outputs) == 1 else tree_map(lambda *parts: torch.cat(parts), *outputs)
 
-    def select(self, members: Tensor) -> Selection:
+    def select(self, members: Tensor) -> Selection | FusedSelection:
         """A forward for the given members, ``(n,)`` int64 in [0, P), in the given order."""
+        if self._network is not None:
+            from es_flipout.fused import FusedSelection
+
+            return FusedSelection(self._network, members)
         return Selection(self, members, self.row_block)
 
     def initial_state(self, rows: int) -> Tensor | None:

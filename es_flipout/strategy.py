@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from es_flipout.errors import UserError
 from es_flipout.estimator import estimate_gradient
+from es_flipout.kernels import KernelChoice, Precision, check_precision, chosen
 from es_flipout.layers import convert
 from es_flipout.optimizers import make_optimizer
 from es_flipout.perturbations import Family, Members, family_named
@@ -42,7 +43,7 @@ class EvolutionStrategy:
         antithetic: evaluate every perturbation together with its negative.
         seed: all randomness of the strategy follows from it.
         device: where to compute; by default where the module is.
-        row_block: see :class:`Population`.
+        row_block, kernels, precision: see :class:`Population`.
 
     Raises:
         UserError: an argument is out of range, or the module holds an unsupported layer (named in the message).
@@ -62,6 +63,8 @@ class EvolutionStrategy:
         seed: int = 0,
         device: torch.device | str | None = None,
         row_block: int | None = None,
+        kernels: KernelChoice = "auto",
+        precision: Precision = "ieee",
     ) -> None:
         if population_size < 2 or (antithetic and population_size % 2):
             need = "an even number of at least 2 (antithetic pairs)" if antithetic else "at least 2"
@@ -88,6 +91,9 @@ class EvolutionStrategy:
         self.seed = seed
         self.generation = 0
         self.row_block = row_block
+        chosen(kernels, self.device, evolved[0].dtype)  # complains now where they cannot be used
+        self.kernels: KernelChoice = kernels
+        self.precision: Precision = check_precision(precision)
         self.optimizer = make_optimizer(optimizer, evolved, learning_rate, momentum)
         self._asked: Population | None = None
 
@@ -104,7 +110,15 @@ class EvolutionStrategy:
         """The population of this generation; asking again gives the same one."""
         members = Members(self.population_size, self.antithetic, self.device, self.population_size)
         self._asked = Population(
-            self._mean, self.family, members, self.sigma, self.seed, self.generation, self.row_block
+            self._mean,
+            self.family,
+            members,
+            self.sigma,
+            self.seed,
+            self.generation,
+            self.row_block,
+            self.kernels,
+            self.precision,
         )
         return self._asked
 

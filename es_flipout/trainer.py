@@ -75,6 +75,8 @@ class Trainer:
             seed=config.seed,
             device=self.device,
             row_block=self.row_block,
+            kernels=config.kernels,
+            precision=config.precision,
         )
         score_members = torch.arange(config.score_episodes)
         self._score_seeds = integers(Address(config.seed, _SCORE_GENERATION), Stream.START_STATE, score_members)

@@ -1,3 +1,4 @@
+import os
 import random
 import sys
 from pathlib import Path
@@ -6,6 +7,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU the interpreter runs the kernels. Triton reads this when it is imported, so it must be set before.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 

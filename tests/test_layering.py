@@ -14,6 +14,7 @@ ORDER = (
     "presets",
     "randomness",
     "nn",
+    "kernels",
     "perturbations.operations",
     "perturbations.base",
     "perturbations.independent",
@@ -25,6 +26,7 @@ ORDER = (
     "memory",
     "policies",
     "observation_norm",
+    "fused",
     "agent",
     "shaping",
     "optimizers",
@@ -43,7 +45,7 @@ ORDER = (
     "bench",  # with its sub-modules, which may import one another
     "cli",
 )
-WHOLE_PACKAGES = ("nn", "layers", "bench")
+WHOLE_PACKAGES = ("nn", "kernels", "layers", "bench")
 TORCH_FREE = ("", "errors", "config", "presets", "cli")
 GYMNASIUM_FREE = ("", "errors", "config", "presets")
 

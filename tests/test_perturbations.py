@@ -273,6 +273,8 @@ def test_no_weight_matrix_for_each_member_is_stored(family_of_few: Family) -> No
 def test_flipout_signs_take_one_byte() -> None:
     perturbation = layer(Flipout(), members_of(10))
     assert isinstance(perturbation, FlipoutPerturbation)
+    assert isinstance(perturbation.r, torch.Tensor)
+    assert isinstance(perturbation.s, torch.Tensor)
     assert perturbation.r.dtype == perturbation.s.dtype == torch.int8
 
 

@@ -66,6 +66,8 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < _LEAST_CAPABILITY:
-            return "they need a GPU of compute capability {}.{}, this one has {}.{}".format(*_LEAST_CAPABILITY, *capability)
+            return "they need a GPU of compute capability {}.{}, this one has {}.{}".format(
+                *_LEAST_CAPABILITY, *capability
+            )
         return None
     return None if interpreted() else f"they need a CUDA device, and the population is on {device.type}"

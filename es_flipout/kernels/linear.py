@@ -1,7 +1,6 @@
 """One linear layer of all members: ``y = x W^T + sigma r * ((s * x) B^T) + bias`` and an activation, in one kernel."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -165,10 +164,7 @@ def _linear_kernel(
             part = flipped(part, s + source * s_width, s_width, start, BLOCK_K)
             matrix = tl.load(base_at + (start + k)[:, None], mask=inside[:, None] & col_in, other=0.0)
             noise = product(part, matrix, noise, PRECISION)
-        if BASES > 1:
-            total = tl.where((own == m)[:, None], noise, total)
-        else:
-            total = noise
+        total = tl.where((own == m)[:, None], noise, total) if BASES > 1 else noise
     total = flipped(total, r + source * r_width, r_width, first_col, BLOCK_N) * scale[:, None]
 
     if bias_rows is not None:

@@ -5,7 +5,6 @@ product, which then starts from it.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -33,7 +32,8 @@ def low_rank_linear(
     Args:
         x: ``(n, in)``.
         weight: ``(out, in)``, the mean, of the dtype of ``x``.
-        left, right: ``(num_sources, rank, out)`` and ``(num_sources, rank, in)``.
+        left: ``(num_sources, rank, out)``.
+        right: ``(num_sources, rank, in)``.
         members: ``(n,)`` int64.
         share: members of one noise source: 2 with antithetic pairs.
         scale: sigma over the square root of the rank.

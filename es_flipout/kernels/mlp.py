@@ -1,7 +1,6 @@
 """A whole small network of all members in one kernel: activations never leave the chip."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -218,12 +217,12 @@ def _hidden_times(
 
 
 @triton.jit
-def _noise(
-    total, r, bias, bias_noise, source, scale, row_in, start, SIZE_OUT: tl.constexpr, TILE_OUT: tl.constexpr
-):
+def _noise(total, r, bias, bias_noise, source, scale, row_in, start, SIZE_OUT: tl.constexpr, TILE_OUT: tl.constexpr):
     """The noise of the outputs from ``start`` with its signs and sigma, and the biases."""
     col = start + tl.arange(0, TILE_OUT)
-    total = flipped(total, r + source * ((SIZE_OUT + 31) // 32), (SIZE_OUT + 31) // 32, start, TILE_OUT) * scale[:, None]
+    total = (
+        flipped(total, r + source * ((SIZE_OUT + 31) // 32), (SIZE_OUT + 31) // 32, start, TILE_OUT) * scale[:, None]
+    )
     if bias is not None:
         total += tl.load(bias + col, mask=col < SIZE_OUT, other=0.0)[None, :]
     if bias_noise is not None:

@@ -5,7 +5,6 @@ Bit ``i`` of word ``j`` is the sign of entry ``32 j + i``, 1 for +1: the words a
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 

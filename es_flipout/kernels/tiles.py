@@ -5,7 +5,6 @@ depend on the rows beside it.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# ruff: noqa: ANN001, ANN201, ANN202  (types in a kernel are Triton's)
 
 from __future__ import annotations
 
@@ -67,7 +66,7 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """To 2e-7 of its value: a polynomial (fitted to tanh(x) / x on [0, 0.625]) near zero, an exponential elsewhere."""
+    """Hyperbolic tangent, to 2e-7 of its value: near zero a polynomial, fitted on [0, 0.625], elsewhere an exponential."""
     size = tl.abs(x)
     z = size * size
     near = size + size * z * (

@@ -1,7 +1,6 @@
 """The sum over noise sources ``R^T diag(v) S`` from packed signs, always in the same order."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -26,8 +25,10 @@ def weighted_sum(v: Tensor, r: Tensor, s: Tensor, size_out: int, size_in: int) -
 
     Args:
         v: ``(num_sources,)`` float32.
-        r, s: ``(num_sources, ceil(out / 32))`` and ``(num_sources, ceil(in / 32))`` int32, packed signs.
-        size_out, size_in: ``out`` and ``in``.
+        r: ``(num_sources, ceil(out / 32))`` int32, packed signs.
+        s: ``(num_sources, ceil(in / 32))`` int32.
+        size_out: ``out``.
+        size_in: ``in``.
 
     Returns:
         ``(out, in)`` float32.

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from es_flipout.kernels import Precision
 from es_flipout.perturbations.operations import Operation
 from es_flipout.randomness import Address
 
@@ -73,6 +74,13 @@ class Rows:
             if isinstance(own, Tensor):
                 chosen = mask.view(-1, *(1,) * (own.ndim - 1))
                 own.copy_(torch.where(chosen, getattr(other, field.name), own))
+
+
+@dataclass
+class MemberRows(Rows):
+    """Which member is in each row, ``members`` (n,) int64: all that a kernel needs, which finds the rest itself."""
+
+    members: Tensor
 
 
 RowsT = TypeVar("RowsT", bound=Rows)
@@ -151,7 +159,13 @@ class Family(ABC):
 
     @abstractmethod
     def matrix(
-        self, mean: Tensor, sigma: float, members: Members, address: Address, still: int | None = None
+        self,
+        mean: Tensor,
+        sigma: float,
+        members: Members,
+        address: Address,
+        still: int | None = None,
+        kernels: Precision | None = None,
     ) -> Perturbation:
         """The perturbed copies of a parameter ``(d0, d1, *rest)``.
 
@@ -161,6 +175,7 @@ class Family(ABC):
             members: whose copies.
             address: of the random numbers.
             still: an index of the first dimension that stays as it is (the padding of an embedding).
+            kernels: precision of the Triton kernels, where they are to be used and the family has some; None for torch.
         """
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
+from es_flipout.kernels import Precision
 from es_flipout.perturbations.base import Family, Members
 from es_flipout.perturbations.independent import Independent
 from es_flipout.randomness import Address, Stream
@@ -21,6 +22,12 @@ class Dense(Family):
 
     @override
     def matrix(
-        self, mean: Tensor, sigma: float, members: Members, address: Address, still: int | None = None
+        self,
+        mean: Tensor,
+        sigma: float,
+        members: Members,
+        address: Address,
+        still: int | None = None,
+        kernels: Precision | None = None,
     ) -> Independent:
         return Independent(mean, sigma, members, address, Stream.WEIGHT, still)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,23 @@ from torch import Tensor
 from typing_extensions import override
 
 from es_flipout.errors import UserError
-from es_flipout.perturbations.base import Family, Members, Perturbation, Rows, mean_linear, over_index, over_rows
+from es_flipout.kernels import Precision
+from es_flipout.perturbations.base import (
+    Family,
+    MemberRows,
+    Members,
+    Perturbation,
+    Rows,
+    mean_linear,
+    over_index,
+    over_rows,
+)
 from es_flipout.perturbations.independent import Independent
 from es_flipout.perturbations.operations import Operation
-from es_flipout.randomness import Address, Stream, normals, signs
+from es_flipout.randomness import Address, Stream, normals, signs, unpacked_signs
+
+if TYPE_CHECKING:
+    from es_flipout.kernels.linear import FlipoutLayer
 
 _SOURCES_PER_SUM = 4096  # bounds the memory of the weighted sum; the order of the sum does not depend on anything else
 
@@ -54,8 +67,29 @@ class FlipoutRows(Rows):
         self.bases_used = [0] if self.base is None else None
 
 
-class FlipoutPerturbation(Perturbation[FlipoutRows]):
-    """Flipout on a weight; stores M base matrices, and one byte for each sign of each noise source."""
+class PackedSigns:
+    """Signs in one bit each, for the kernels, that other uses see as bytes.
+
+    Attributes:
+        words: ``(num_sources, ceil(count / 32))`` int32.
+        count: signs of a source.
+    """
+
+    def __init__(self, words: Tensor, count: int) -> None:
+        self.words = words
+        self.count = count
+
+    def __getitem__(self, source: Tensor) -> Tensor:
+        """``(n,)`` int64 to ``(n, count)`` int8."""
+        return unpacked_signs(self.words[source], self.count)
+
+
+class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
+    """Flipout on a weight; stores M base matrices, and one byte for each sign of each noise source (one bit for kernels).
+
+    Attributes:
+        layer: what the kernels compute with; None where they are not used.
+    """
 
     def __init__(
         self,
@@ -67,22 +101,48 @@ class FlipoutPerturbation(Perturbation[FlipoutRows]):
         base_of_source: Tensor,
         bases: int,
         still: int | None,
+        kernels: Precision | None = None,
     ) -> None:
         super().__init__(mean, sigma, members, address)
         self.base_of_source = base_of_source
         draw = signs if base == "rademacher" else normals
         drawn = draw(address, Stream.BASE, torch.arange(bases, device=mean.device), mean.numel())
         self.base = drawn.to(mean.dtype).view(bases, *mean.shape)
-        self.r = signs(address, Stream.OUTPUT_SIGNS, members.sources, mean.shape[0])
-        self.s = signs(address, Stream.INPUT_SIGNS, members.sources, mean.shape[1])
         if still is not None:
             self.base[:, still] = 0
+        self.precision: Precision = kernels if kernels is not None else "ieee"
+        self.layer: FlipoutLayer | None = None
+        if kernels is not None and mean.ndim == 2:
+            self.layer = self._kernel_layer()
+            self.r, self.s = PackedSigns(self.layer.r, mean.shape[0]), PackedSigns(self.layer.s, mean.shape[1])
+        else:
+            self.r = signs(address, Stream.OUTPUT_SIGNS, members.sources, mean.shape[0])
+            self.s = signs(address, Stream.INPUT_SIGNS, members.sources, mean.shape[1])
         if mean.ndim == 2:
             self.mean_t = mean.T
             self.base_t = [base.T for base in self.base]
 
+    def _kernel_layer(self) -> FlipoutLayer:
+        from es_flipout.kernels.linear import FlipoutLayer
+        from es_flipout.kernels.signs import sign_words
+
+        sources, narrow = self.members.sources, self.precision == "bf16"
+        return FlipoutLayer(
+            weight=self.mean.bfloat16() if narrow else self.mean.contiguous(),
+            base=self.base.bfloat16() if narrow else self.base,
+            r=sign_words(self.address, Stream.OUTPUT_SIGNS, sources, self.mean.shape[0]),
+            s=sign_words(self.address, Stream.INPUT_SIGNS, sources, self.mean.shape[1]),
+            base_of_source=None if len(self.base) == 1 else self.base_of_source,
+        )
+
     @override
-    def select(self, members: Tensor) -> FlipoutRows:
+    def select(self, members: Tensor) -> FlipoutRows | MemberRows:
+        return MemberRows(members) if self.layer is not None else self._signs(members)
+
+    def _of(self, rows: FlipoutRows | MemberRows) -> FlipoutRows:
+        return self._signs(rows.members) if isinstance(rows, MemberRows) else rows
+
+    def _signs(self, members: Tensor) -> FlipoutRows:
         source = self.members.source_of(members)
         scale = self.sigma * self.members.sign_of(members).to(self.mean.dtype)
         return FlipoutRows(
@@ -92,7 +152,16 @@ class FlipoutPerturbation(Perturbation[FlipoutRows]):
         )
 
     @override
-    def linear(self, x: Tensor, rows: FlipoutRows, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, rows: FlipoutRows | MemberRows, bias: Tensor | None = None, part: slice | None = None
+    ) -> Tensor:
+        if isinstance(rows, MemberRows) and self.layer is not None and part is None:
+            from es_flipout.kernels.linear import linear
+
+            flat = x.reshape(-1, x.shape[-1])
+            y = linear(flat, self.layer, rows.members, self.members.share, self.sigma, self.precision, bias)
+            return y.view(*x.shape[:-1], -1)
+        rows = self._of(rows)
         mean_t, base_t, sigma_r = self.mean_t, self.base_t, rows.sigma_r
         if part is not None:
             mean_t, base_t, sigma_r = mean_t[:, part], [base[:, part] for base in base_t], sigma_r[:, part]
@@ -102,13 +171,15 @@ class FlipoutPerturbation(Perturbation[FlipoutRows]):
         return y.addcmul_(over_rows(sigma_r, x), product)
 
     @override
-    def embedding(self, index: Tensor, rows: FlipoutRows) -> Tensor:
+    def embedding(self, index: Tensor, rows: FlipoutRows | MemberRows) -> Tensor:
+        rows = self._of(rows)
         product = self._each_with_its_base(rows, lambda m: F.embedding(index, self.base[m]))
         flips = over_index(rows.sigma_r, index)[..., None] * over_rows(rows.s, product)
         return torch.addcmul(F.embedding(index, self.mean), flips, product)
 
     @override
-    def apply(self, operation: Operation, x: Tensor, rows: FlipoutRows) -> Tensor:
+    def apply(self, operation: Operation, x: Tensor, rows: FlipoutRows | MemberRows) -> Tensor:
+        rows = self._of(rows)
         before, after = (rows.s, rows.sigma_r) if operation.input_dim == 1 else (rows.sigma_r, rows.s)
         flipped = operation.scale_input(x, before)
         product = self._each_with_its_base(rows, lambda m: operation.shared(flipped, self.base[m]))
@@ -124,7 +195,8 @@ class FlipoutPerturbation(Perturbation[FlipoutRows]):
         return product
 
     @override
-    def values(self, rows: FlipoutRows) -> Tensor:
+    def values(self, rows: FlipoutRows | MemberRows) -> Tensor:
+        rows = self._of(rows)
         base = self.base if rows.base is None else self.base[rows.base]
         return self.mean + base * self._outer(rows.sigma_r, rows.s)
 
@@ -145,16 +217,26 @@ class FlipoutPerturbation(Perturbation[FlipoutRows]):
         total = torch.zeros_like(self.mean)
         for m, base in enumerate(self.base):
             own = slice(None) if len(self.base) == 1 else (self.base_of_source == m).nonzero()[:, 0]
-            response = self.mean.new_zeros(self.mean.shape[:2])
-            for r, s, v_part in zip(
-                self.r[own].split(_SOURCES_PER_SUM),
-                self.s[own].split(_SOURCES_PER_SUM),
-                v[own].split(_SOURCES_PER_SUM),
-                strict=True,
-            ):
-                response.addmm_((r * v_part[:, None]).T, s.to(v.dtype))
+            response = self._response(v, own)
             total.addcmul_(base, response.view(*response.shape, *(1,) * (base.ndim - 2)))
         return total
+
+    def _response(self, v: Tensor, own: slice | Tensor) -> Tensor:
+        """R^T diag(v) S of some of the sources, ``(d0, d1)``."""
+        if isinstance(self.r, PackedSigns) or isinstance(self.s, PackedSigns):
+            from es_flipout.kernels.weighted_sum import weighted_sum
+
+            assert self.layer is not None
+            return weighted_sum(v[own], self.layer.r[own], self.layer.s[own], *self.mean.shape)
+        response = self.mean.new_zeros(self.mean.shape[:2])
+        for r, s, v_part in zip(
+            self.r[own].split(_SOURCES_PER_SUM),
+            self.s[own].split(_SOURCES_PER_SUM),
+            v[own].split(_SOURCES_PER_SUM),
+            strict=True,
+        ):
+            response.addmm_((r * v_part[:, None]).T, s.to(v.dtype))
+        return response
 
 
 @dataclass(frozen=True)
@@ -177,10 +259,16 @@ class Flipout(Family):
 
     @override
     def matrix(
-        self, mean: Tensor, sigma: float, members: Members, address: Address, still: int | None = None
+        self,
+        mean: Tensor,
+        sigma: float,
+        members: Members,
+        address: Address,
+        still: int | None = None,
+        kernels: Precision | None = None,
     ) -> Perturbation:
         if mean.ndim > 2 and mean.shape[1] == 1:
             # Signs per channel would leave only M directions of a depthwise kernel.
             return Independent(mean, sigma, members, address, Stream.WEIGHT, still)
         base_of_source = members.sources * self.bases // (members.population_size // members.share)
-        return FlipoutPerturbation(mean, sigma, members, address, self.base, base_of_source, self.bases, still)
+        return FlipoutPerturbation(mean, sigma, members, address, self.base, base_of_source, self.bases, still, kernels)

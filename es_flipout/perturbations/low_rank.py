@@ -15,7 +15,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from es_flipout.errors import UserError
-from es_flipout.perturbations.base import Family, Members, Perturbation, Rows, mean_linear, over_index, over_rows
+from es_flipout.kernels import Precision
+from es_flipout.perturbations.base import (
+    Family,
+    MemberRows,
+    Members,
+    Perturbation,
+    Rows,
+    mean_linear,
+    over_index,
+    over_rows,
+)
 from es_flipout.perturbations.operations import Operation
 from es_flipout.randomness import Address, Stream, normals
 
@@ -28,11 +38,18 @@ class LowRankRows(Rows):
     right: Tensor
 
 
-class LowRankPerturbation(Perturbation[LowRankRows]):
+class LowRankPerturbation(Perturbation[LowRankRows | MemberRows]):
     """Low-rank noise on a weight; stores the factors of each noise source."""
 
     def __init__(
-        self, mean: Tensor, sigma: float, members: Members, address: Address, rank: int, still: int | None
+        self,
+        mean: Tensor,
+        sigma: float,
+        members: Members,
+        address: Address,
+        rank: int,
+        still: int | None,
+        kernels: Precision | None = None,
     ) -> None:
         super().__init__(mean, sigma, members, address)
         self.rank = rank
@@ -43,15 +60,23 @@ class LowRankPerturbation(Perturbation[LowRankRows]):
         self.right = right.to(mean.dtype).view(len(sources), rank, *mean.shape[1:])
         if still is not None:
             self.left[:, :, still] = 0
+        self._use_kernel = kernels is not None and mean.ndim == 2
 
     @override
-    def select(self, members: Tensor) -> LowRankRows:
+    def select(self, members: Tensor) -> LowRankRows | MemberRows:
+        return MemberRows(members) if self._use_kernel else self._factors(members)
+
+    def _of(self, rows: LowRankRows | MemberRows) -> LowRankRows:
+        return self._factors(rows.members) if isinstance(rows, MemberRows) else rows
+
+    def _factors(self, members: Tensor) -> LowRankRows:
         source = self.members.source_of(members)
         scale = self.sigma / self.rank**0.5 * self.members.sign_of(members).to(self.mean.dtype)
         return LowRankRows(left=self.left[source] * scale[:, None, None], right=self.right[source])
 
     @override
-    def values(self, rows: LowRankRows) -> Tensor:
+    def values(self, rows: LowRankRows | MemberRows) -> Tensor:
+        rows = self._of(rows)
         return self.mean + torch.einsum("nko,nk...->no...", rows.left, rows.right)
 
     @override
@@ -68,7 +93,15 @@ class LowRankPerturbation(Perturbation[LowRankRows]):
         return (left.T @ self.right.flatten(0, 1).flatten(1)).view_as(self.mean) / self.rank**0.5
 
     @override
-    def linear(self, x: Tensor, rows: LowRankRows, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, rows: LowRankRows | MemberRows, bias: Tensor | None = None, part: slice | None = None
+    ) -> Tensor:
+        if isinstance(rows, MemberRows) and x.ndim == 2 and part is None:
+            from es_flipout.kernels.low_rank import low_rank_linear
+
+            scale = self.sigma / self.rank**0.5
+            return low_rank_linear(x, self.mean, self.left, self.right, rows.members, self.members.share, scale, bias)
+        rows = self._of(rows)
         weight, left_rows = self.mean, rows.left
         if part is not None:
             weight, left_rows = weight[part], left_rows[:, :, part]
@@ -79,14 +112,16 @@ class LowRankPerturbation(Perturbation[LowRankRows]):
         return y
 
     @override
-    def embedding(self, index: Tensor, rows: LowRankRows) -> Tensor:
+    def embedding(self, index: Tensor, rows: LowRankRows | MemberRows) -> Tensor:
+        rows = self._of(rows)
         y = F.embedding(index, self.mean)
         for left, right in zip(rows.left.unbind(1), rows.right.unbind(1), strict=True):
             y = torch.addcmul(y, over_index(left, index)[..., None], over_rows(right, y))
         return y
 
     @override
-    def apply(self, operation: Operation, x: Tensor, rows: LowRankRows) -> Tensor:
+    def apply(self, operation: Operation, x: Tensor, rows: LowRankRows | MemberRows) -> Tensor:
+        rows = self._of(rows)
         y = operation.shared(x, self.mean)
         for left, right in zip(rows.left.unbind(1), rows.right.unbind(1), strict=True):
             y = y + operation.outer(x, left, right)
@@ -105,6 +140,12 @@ class LowRank(Family):
 
     @override
     def matrix(
-        self, mean: Tensor, sigma: float, members: Members, address: Address, still: int | None = None
+        self,
+        mean: Tensor,
+        sigma: float,
+        members: Members,
+        address: Address,
+        still: int | None = None,
+        kernels: Precision | None = None,
     ) -> LowRankPerturbation:
-        return LowRankPerturbation(mean, sigma, members, address, self.rank, still)
+        return LowRankPerturbation(mean, sigma, members, address, self.rank, still, kernels)
