@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from es_flipout.kernels import Activation, Precision
+from es_flipout.kernels import Activation
 from es_flipout.kernels.linear import FlipoutLayer, linear
 from es_flipout.kernels.mlp import fits, mlp
 from es_flipout.perturbations import Fixed, Independent, Perturbation
@@ -24,21 +24,21 @@ from es_flipout.policies import MLP, Linear, activation_name
 class Network:
     """The layers of all members."""
 
-    def __init__(self, layers: list[FlipoutLayer], share: int, sigma: float, precision: Precision) -> None:
+    def __init__(self, layers: list[FlipoutLayer], weight: FlipoutPerturbation) -> None:
         self.layers = layers
         self.in_one_kernel = fits(layers)
-        self._share, self._sigma = share, sigma
-        self._precision: Precision = precision
+        self._weight = weight  # one of them, which knows what they have in common
 
     @torch.no_grad()
     def __call__(self, x: Tensor, members: Tensor) -> Tensor:
         """Row ``i`` of ``x`` through member ``members[i]``: ``(n, ..., in)`` to ``(n, ..., out)``."""
         flat = x.reshape(-1, x.shape[-1])
+        share, sigma, precision = self._weight.members.share, self._weight.sigma, self._weight.precision
         if self.in_one_kernel:
-            flat = mlp(flat, self.layers, members, self._share, self._sigma, self._precision)
+            flat = mlp(flat, self.layers, members, share, sigma, precision)
         else:
             for layer in self.layers:
-                flat = linear(flat, layer, members, self._share, self._sigma, self._precision)
+                flat = linear(flat, layer, members, share, sigma, precision)
         return flat.view(*x.shape[:-1], -1)
 
 
@@ -52,6 +52,10 @@ class FusedSelection:
     def replace(self, rows: Tensor, members: Tensor) -> None:
         """From now on row ``rows[i]`` is member ``members[i]``; both ``(k,)`` int64."""
         self._members[rows] = members
+
+    def replace_where(self, mask: Tensor, members: Tensor) -> None:
+        """From now on row ``i`` is member ``members[i]`` where ``mask`` holds; both ``(n,)``."""
+        self._members.copy_(torch.where(mask, members, self._members))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """One input, ``(n, ..., in)`` to ``(n, ..., out)``.
@@ -91,7 +95,7 @@ def fuse(module: nn.Module, perturbations: Mapping[str, Perturbation[Any]]) -> N
         layers.append(dataclasses.replace(weight.layer, bias=mean, bias_noise=noise, activation=activation))
         first = first or weight
     assert first is not None
-    return Network(layers, first.members.share, first.sigma, first.precision)
+    return Network(layers, first)
 
 
 def _chain(module: nn.Module) -> list[tuple[nn.Linear, Activation]] | None:

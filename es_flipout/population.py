@@ -173,7 +173,7 @@ class Population:
             for attribute, value in vars(perturbation).items()
             if isinstance(value, Tensor) and value.ndim
         ]
-        return self.members, self.row_block, str(self._module), tuple(tensors)
+        return self.members, self.row_block, self._precision, str(self._module), tuple(tensors)
 
     def fixed_copy(self) -> Population:
         """A copy that no computation with it ever moves in memory: :meth:`load_` gives it other numbers in place."""

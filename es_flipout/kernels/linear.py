@@ -21,9 +21,11 @@ from es_flipout.kernels.tiles import (
     bucket,
     config,
     flipped,
+    in_memory,
     on_device,
     product,
     product_torch,
+    signed_scale,
 )
 from es_flipout.randomness import unpacked_signs
 
@@ -57,7 +59,7 @@ def linear(
     layer: FlipoutLayer,
     members: Tensor,
     share: int,
-    sigma: float,
+    sigma: float | Tensor,
     precision: Precision = "ieee",
     bias_rows: Tensor | None = None,
     out: Tensor | None = None,
@@ -69,7 +71,7 @@ def linear(
         layer: the layer of all members.
         members: ``(n,)`` int32 or int64; any of them, in any order, also repeated.
         share: members of one noise source: 2 with antithetic pairs.
-        sigma: perturbation standard deviation.
+        sigma: perturbation standard deviation; a tensor of no dimensions is read when the kernel runs.
         precision: of the products; sums are float32.
         bias_rows: ``(n, out)``, another bias for each row of ``members``, in place of that of the layer.
         out: ``(n B, out)`` float32 or bfloat16, where to write.
@@ -90,8 +92,8 @@ def linear(
         _linear.launch(
             grid, _configs(size_out, size_in, precision),
             x.contiguous(), layer.weight, layer.base, layer.r, layer.s, layer.base_of_source, members, bias, noise,
-            bias_rows, y, rows, rows // len(members), size_out, size_in, layer.r.shape[1], layer.s.shape[1], sigma,
-            bucket(rows),
+            bias_rows, y, rows, rows // len(members), size_out, size_in, layer.r.shape[1], layer.s.shape[1],
+            *in_memory(sigma), bucket(rows),
             BASES=bases, SHARE=share, ACTIVATION=layer.activation, PRECISION=precision,
         )  # fmt: skip
     return y
@@ -102,7 +104,7 @@ def linear_torch(
     layer: FlipoutLayer,
     members: Tensor,
     share: int,
-    sigma: float,
+    sigma: float | Tensor,
     precision: Precision = "ieee",
     bias_rows: Tensor | None = None,
     out: Tensor | None = None,
@@ -130,7 +132,7 @@ def linear_torch(
 @triton.jit(do_not_specialize=["rows", "rows_key"])
 def _linear_kernel(
     x, weight, base, r, s, base_of_source, members, bias, bias_noise, bias_rows, y,
-    rows, per_member, size_out, size_in, r_width, s_width, sigma, rows_key,
+    rows, per_member, size_out, size_in, r_width, s_width, sigma, sigma_at, rows_key,
     BASES: tl.constexpr, SHARE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -142,9 +144,7 @@ def _linear_kernel(
     place = row // per_member
     member = tl.load(members + place, mask=row < rows, other=0)
     source = (member // SHARE).to(tl.int64)
-    scale = tl.zeros((BLOCK_M,), tl.float32) + sigma
-    if SHARE == 2:
-        scale = tl.where(member % 2 == 0, scale, -scale)
+    scale = signed_scale(sigma, sigma_at, member, BLOCK_M, SHARE)
 
     # The noise of the rows, with every base that one of them has.
     x_at = x + row.to(tl.int64) * size_in

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from es_flipout.kernels.signs import sign_of
-from es_flipout.kernels.tiles import block, on_device
+from es_flipout.kernels.tiles import block, in_memory, on_device, signed_scale
 
 
 def low_rank_linear(
@@ -24,7 +24,7 @@ def low_rank_linear(
     right: Tensor,
     members: Tensor,
     share: int,
-    scale: float,
+    scale: float | Tensor,
     bias_rows: Tensor | None = None,
 ) -> Tensor:
     """Row ``i`` of ``x`` through the layer of member ``members[i]``.
@@ -36,7 +36,7 @@ def low_rank_linear(
         right: ``(num_sources, rank, in)``.
         members: ``(n,)`` int64.
         share: members of one noise source: 2 with antithetic pairs.
-        scale: sigma over the square root of the rank.
+        scale: sigma over the square root of the rank; a tensor of no dimensions is read when the kernel runs.
         bias_rows: ``(n, out)``.
 
     Returns:
@@ -50,7 +50,7 @@ def low_rank_linear(
     x = x.contiguous()
     with on_device(x):
         _own_kernel[(n,)](
-            x, left, right, members, bias_rows, own, size_out, size_in, scale,
+            x, left, right, members, bias_rows, own, size_out, size_in, *in_memory(scale),
             RANK=rank, SHARE=share, BLOCK_IN=block(size_in, 2048), BLOCK_OUT=block(size_out, 2048),
         )  # fmt: skip
     return torch.addmm(own, x, weight.T)
@@ -63,7 +63,7 @@ def low_rank_linear_torch(
     right: Tensor,
     members: Tensor,
     share: int,
-    scale: float,
+    scale: float | Tensor,
     bias_rows: Tensor | None = None,
 ) -> Tensor:
     """Twin of :func:`low_rank_linear`."""
@@ -75,15 +75,13 @@ def low_rank_linear_torch(
 
 @triton.jit
 def _own_kernel(
-    x, left, right, members, bias_rows, own, size_out, size_in, scale,
+    x, left, right, members, bias_rows, own, size_out, size_in, scale, scale_at,
     RANK: tl.constexpr, SHARE: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     member = tl.load(members + row).to(tl.int64)
     source = member // SHARE
-    sign = scale * 1.0
-    if SHARE == 2:
-        sign = tl.where(member % 2 == 0, sign, -sign)
+    sign = tl.sum(signed_scale(scale, scale_at, member, 1, SHARE), axis=0)
     for first in range(0, size_out, BLOCK_OUT):
         col = first + tl.arange(0, BLOCK_OUT)
         total = tl.zeros((BLOCK_OUT,), tl.float32)

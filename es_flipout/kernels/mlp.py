@@ -13,7 +13,19 @@ from torch import Tensor
 
 from es_flipout.kernels import Precision, interpreted
 from es_flipout.kernels.linear import FlipoutLayer, linear_torch
-from es_flipout.kernels.tiles import Tuned, activated, block, bucket, config, flipped, narrowed, on_device, product
+from es_flipout.kernels.tiles import (
+    Tuned,
+    activated,
+    block,
+    bucket,
+    config,
+    flipped,
+    in_memory,
+    narrowed,
+    on_device,
+    product,
+    signed_scale,
+)
 
 WIDEST = 256  # outputs of a layer
 MOST_LAYERS = 4
@@ -33,7 +45,7 @@ def mlp(
     layers: Sequence[FlipoutLayer],
     members: Tensor,
     share: int,
-    sigma: float,
+    sigma: float | Tensor,
     precision: Precision = "ieee",
 ) -> Tensor:
     """Row ``i`` of ``x`` through all layers of the member it belongs to.
@@ -43,7 +55,7 @@ def mlp(
         layers: for which :func:`fits` holds.
         members: ``(n,)`` int32 or int64; any of them, in any order, also repeated.
         share: members of one noise source: 2 with antithetic pairs.
-        sigma: perturbation standard deviation.
+        sigma: perturbation standard deviation; a tensor of no dimensions is read when the kernel runs.
         precision: of the products; sums and activations are float32.
 
     Returns:
@@ -71,8 +83,8 @@ def mlp(
             x.contiguous(), tuple(layer.weight for layer in layers), tuple(layer.base for layer in layers),
             tuple(layer.r for layer in layers), tuple(layer.s for layer in layers),
             tuple(layer.bias for layer in layers), tuple(layer.bias_noise for layer in layers), members, kept, y,
-            len(x), len(x) // len(members), sigma, bucket(len(x)),
-            SIZES=sizes, WIDEST=widest, ACTIVATIONS=tuple(layer.activation for layer in layers), LAYERS=len(layers),
+            len(x), len(x) // len(members), *in_memory(sigma), bucket(len(x)),
+            SIZES=sizes, WIDEST=widest, ACTIVATIONS=" ".join(layer.activation for layer in layers), LAYERS=len(layers),
             SHARE=share, PRECISION=precision,
         )  # fmt: skip
     return y
@@ -83,7 +95,7 @@ def mlp_torch(
     layers: Sequence[FlipoutLayer],
     members: Tensor,
     share: int,
-    sigma: float,
+    sigma: float | Tensor,
     precision: Precision = "ieee",
 ) -> Tensor:
     """Twin of :func:`mlp`."""
@@ -98,7 +110,7 @@ def mlp_torch(
 # stay in the caches because every program uses its own part again and again.
 @triton.jit(do_not_specialize=["rows", "rows_key"])
 def _mlp_kernel(
-    x, weights, bases, rs, ss, biases, bias_noises, members, kept, y, rows, per_member, sigma, rows_key,
+    x, weights, bases, rs, ss, biases, bias_noises, members, kept, y, rows, per_member, sigma, sigma_at, rows_key,
     SIZES: tl.constexpr, WIDEST: tl.constexpr, ACTIVATIONS: tl.constexpr, LAYERS: tl.constexpr, SHARE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -107,9 +119,7 @@ def _mlp_kernel(
         row = tile * BLOCK_M + place
         member = tl.load(members + row // per_member, mask=row < rows, other=0)
         source = (member // SHARE).to(tl.int64)
-        scale = tl.zeros((BLOCK_M,), tl.float32) + sigma
-        if SHARE == 2:
-            scale = tl.where(member % 2 == 0, scale, -scale)
+        scale = signed_scale(sigma, sigma_at, member, BLOCK_M, SHARE)
         x_at = (x + row.to(tl.int64) * SIZES[0])[:, None]
         y_at = (y + row.to(tl.int64) * SIZES[LAYERS])[:, None]
         row_in = (row < rows)[:, None]
@@ -120,7 +130,7 @@ def _mlp_kernel(
                     hidden, x_at, y_at, row_in, source, scale, weights[layer], bases[layer], rs[layer], ss[layer],
                     biases[layer], bias_noises[layer], SIZES[layer], SIZES[layer + 1],
                     _tile(SIZES[layer], BLOCK_K if layer == 0 else BLOCK_N), _tile(SIZES[layer + 1], BLOCK_N),
-                    ACTIVATIONS[layer], layer == 0, layer == LAYERS - 1, PRECISION, BLOCK_M,
+                    _nth(ACTIVATIONS, layer), layer == 0, layer == LAYERS - 1, PRECISION, BLOCK_M,
                 )  # fmt: skip
         else:
             own = kept + tl.program_id(0).to(tl.int64) * (2 * BLOCK_M * WIDEST)
@@ -131,7 +141,7 @@ def _mlp_kernel(
                     x_at if layer == 0 else before, y_at if layer == LAYERS - 1 else after, row_in, source, scale,
                     weights[layer], bases[layer], rs[layer], ss[layer], biases[layer], bias_noises[layer],
                     SIZES[layer], SIZES[layer + 1], _tile(SIZES[layer], BLOCK_K), _tile(SIZES[layer + 1], BLOCK_N),
-                    ACTIVATIONS[layer], PRECISION, BLOCK_M,
+                    _nth(ACTIVATIONS, layer), PRECISION, BLOCK_M,
                 )  # fmt: skip
                 tl.debug_barrier()  # other threads read what this one wrote
 
@@ -235,6 +245,12 @@ def _noise(total, r, bias, bias_noise, source, scale, row_in, start, SIZE_OUT: t
 def _tile(size, chunk):
     """Columns of one tile of a layer of ``size``: a power of two, as products ask for."""
     return max(16, min(chunk, triton.next_power_of_2(size)))
+
+
+@triton.constexpr_function
+def _nth(words, number):
+    """One of several words: Triton before 3.7 does not take strings out of a tuple."""
+    return words.split()[number]
 
 
 _mlp = Tuned(_mlp_kernel, ("rows_key", "SIZES", "ACTIVATIONS", "PRECISION"))

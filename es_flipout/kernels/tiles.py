@@ -23,6 +23,17 @@ _INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
+def signed_scale(scale, scale_at, member, ROWS: tl.constexpr, SHARE: tl.constexpr):
+    """A number, or what lies in memory, with the sign of each member in its pair: ``(ROWS,)``."""
+    if scale_at is not None:
+        scale = tl.load(scale_at).to(tl.float32)
+    scales = tl.zeros((ROWS,), tl.float32) + scale
+    if SHARE == 2:
+        scales = tl.where(member % 2 == 0, scales, -scales)
+    return scales
+
+
+@triton.jit
 def flipped(values, words_at, width, start, SIZE: tl.constexpr):
     """``values`` ``(rows, SIZE)`` with the sign of every entry turned whose bit is 0.
 
@@ -153,6 +164,11 @@ def block(size: int, most: int) -> int:
 def bucket(rows: int) -> int:
     """Numbers of rows that are tuned together."""
     return triton.next_power_of_2(rows)
+
+
+def in_memory(number: float | Tensor) -> tuple[float, Tensor | None]:
+    """A number as kernels take it: itself, or a tensor of no dimensions that holds it, so that a CUDA graph sees it change."""
+    return (0.0, number) if isinstance(number, Tensor) else (number, None)
 
 
 def on_device(x: Tensor) -> Any:

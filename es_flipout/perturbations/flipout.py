@@ -114,7 +114,10 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         self.layer: FlipoutLayer | None = None
         if kernels is not None and mean.ndim == 2:
             self.layer = self._kernel_layer()
-            self.r, self.s = PackedSigns(self.layer.r, mean.shape[0]), PackedSigns(self.layer.s, mean.shape[1])
+            # By name here too, for :meth:`load_`.
+            self.weight_of_kernel, self.base_of_kernel = self.layer.weight, self.layer.base
+            self.r_words, self.s_words = self.layer.r, self.layer.s
+            self.r, self.s = PackedSigns(self.r_words, mean.shape[0]), PackedSigns(self.s_words, mean.shape[1])
         else:
             self.r = signs(address, Stream.OUTPUT_SIGNS, members.sources, mean.shape[0])
             self.s = signs(address, Stream.INPUT_SIGNS, members.sources, mean.shape[1])

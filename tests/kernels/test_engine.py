@@ -214,3 +214,26 @@ def test_what_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(UserError, match="package triton is not installed"):
         chosen("triton", DEVICE, torch.float32)
     assert not chosen("auto", torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("family", [Flipout(), LowRank()])
+def test_a_fixed_copy_takes_over_other_numbers(family: Family, precision: Any) -> None:
+    module, other = MLP(7, 3, (20,)), MLP(7, 3, (20,))
+    first = population_of(module, family, precision=precision)
+    nn.init.normal_(other.layers[0].weight)  # type: ignore[arg-type]
+    second = Population(other.to(DEVICE), family, first.members, 0.7, 1, 3, kernels="triton", precision=precision)
+    x, members = torch.randn(12, 7, device=DEVICE), torch.arange(12, device=DEVICE)
+    assert first.layout == second.layout
+    copied = first.fixed_copy()
+    selection = copied.select(members)
+    assert torch.equal(selection(x), first(x))
+    before = second(x)
+    assert not torch.equal(before, first(x))
+    copied.load_(second)
+    selection.replace_where(torch.ones(12, dtype=torch.bool, device=DEVICE), members)
+    assert torch.equal(selection(x), before)
+    mask = members % 3 == 0
+    selection.replace_where(mask, members.flip(0))
+    now = torch.where(mask, members.flip(0), members)
+    assert torch.equal(selection(x), second.select(now)(x))
