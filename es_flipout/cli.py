@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -46,6 +46,12 @@ class ResumeOptions:
 
     run_dir: Annotated[Path, tyro.conf.arg(metavar="RUN_DIR")]
     """Directory of the run."""
+    backend: Literal["local", "ray"] | None = None
+    """One machine, or a Ray cluster; by default as before, and so with the next two. None of them changes the result."""
+    workers: int | None = None
+    """Ray workers."""
+    ray_address: str | None = None
+    """Ray cluster to join."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,11 @@ def train(arguments: Sequence[str]) -> int:
     run_dir = options.run_dir if options.run_dir is not None else _new_run_dir(config)
     console = Console(stderr=True)
     trainer = Trainer(config, run_dir, TerminalReporter(console, config.env_id))
-    trainer.create()
+    try:
+        trainer.create()
+    except BaseException:
+        trainer.close()
+        raise
     return _train(trainer, run_dir, console)
 
 
@@ -100,7 +110,9 @@ def resume(arguments: Sequence[str]) -> int:
 
     console = Console(stderr=True)
     reporter = TerminalReporter(console, read_config(options.run_dir).env_id)
-    return _train(Trainer.resume(options.run_dir, reporter), options.run_dir, console)
+    moved = {name: getattr(options, name) for name in ("backend", "workers", "ray_address")}
+    changes = {name: value for name, value in moved.items() if value is not None}
+    return _train(Trainer.resume(options.run_dir, reporter, changes), options.run_dir, console)
 
 
 def _train(trainer: Trainer, run_dir: Path, console: Console) -> int:
@@ -108,7 +120,10 @@ def _train(trainer: Trainer, run_dir: Path, console: Console) -> int:
     from es_flipout.evaluate import evaluate as play
     from es_flipout.trainer import write_evaluation
 
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
     if trainer.interrupted:
         at = trainer.progress
         print(f"stopped after generation {at.generation} ({at.env_steps:,} environment steps)")

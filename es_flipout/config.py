@@ -98,8 +98,14 @@ class TrainConfig:
     """Precision of the products in the Triton kernels; sums are always float32."""
     backend: Literal["local", "ray"] = "local"
     """One machine, or a Ray cluster."""
+    worker_kind: Literal["engine", "classic"] = "engine"
+    """What a Ray worker does: this engine on a share of the population, or one policy at a time in one environment."""
+    workers: int | None = None
+    """Ray workers; by default one for each core, or fewer with more threads where the population is small."""
+    ray_address: str | None = None
+    """Ray cluster to join (host:port, ray://host:port or auto); by default Ray is started on this machine."""
     threads: int | None = None
-    """Physics threads; by default one for each core."""
+    """Physics threads (of each worker); by default one for each core."""
     overlap: bool | None = None
     """Let the physics of one half of the environments run while the policy serves the other (MuJoCo on the CPU); by
     default where there are more than two cores."""
@@ -139,7 +145,7 @@ class TrainConfig:
         positive = ("episodes", "bases", "rank", "score_every", "score_episodes", "evaluation_episodes")
         for name in (*positive, "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("generations", "env_steps", "threads", "slots", "row_block", "episode_cap"):
+        for name in ("generations", "env_steps", "workers", "threads", "slots", "row_block", "episode_cap"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)

@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import gymnasium
-from torch import Tensor
+from torch import Tensor, nn
 
 from es_flipout.config import TrainConfig
 from es_flipout.envs import BatchEnv, make_env, native_env_ids
 from es_flipout.envs.make import NAMESPACE
 from es_flipout.envs.mujoco_cpu import usable_cores
 from es_flipout.policies import ActionMap
-from es_flipout.population import Population, Unperturbed
+from es_flipout.population import Population, Unperturbed, row_block_for
 from es_flipout.rollout import MOMENT_JOBS, Rollout, run
 
 _MOST_SLOTS = {"torch": 4096, "mujoco": 1024, "gymnasium": 32}
@@ -25,12 +25,14 @@ class Player(ABC):
     Attributes:
         observation_space, action_space, observation_shape, max_episode_steps: of one environment, as in
             :class:`es_flipout.envs.BatchEnv`.
+        warnings: what the user should know of this arrangement.
     """
 
     observation_space: gymnasium.spaces.Box
     action_space: gymnasium.spaces.Box | gymnasium.spaces.Discrete
     observation_shape: tuple[int, ...]
     max_episode_steps: int | None
+    warnings: Sequence[str] = ()
 
     @abstractmethod
     def play(
@@ -109,6 +111,11 @@ def slots_for(config: TrainConfig) -> int:
         return config.slots
     backend = native_env_ids().get(config.env_id.removeprefix(NAMESPACE), "gymnasium")
     return min(config.population_size * config.episodes, _MOST_SLOTS[backend])
+
+
+def row_block_of(config: TrainConfig, module: nn.Module) -> int:
+    """Rows of one policy computation of this run, whoever plays: of all slots, so that lanes and machines do not matter."""
+    return config.row_block or row_block_for(module, slots_for(config))
 
 
 def make_lanes(config: TrainConfig, slots: int) -> list[BatchEnv]:

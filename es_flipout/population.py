@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 1024
 _FEWEST_ROWS = 128
+_FEWEST_LIKE = 16  # fewer rows have kernels of their own in every BLAS
 _CALL_NUMBERS = 1 << 22
 _BLOCK_NUMBERS = 65536  # activations of one layer that stay in a core's cache, with what else a layer needs
 
@@ -35,6 +36,39 @@ def row_block_for(module: nn.Module, rows: int) -> int:
     widest = max((max(p.shape) for p in module.parameters() if p.ndim > 1), default=1)
     most = min(max(_BLOCK_NUMBERS // widest, _FEWEST_ROWS), _MOST_ROWS)
     return min(1 << (most.bit_length() - 1), 1 << max(rows - 1, 0).bit_length())
+
+
+def row_block_like(module: nn.Module, family: Family, obs_dim: int, rows: int, reference: int) -> int:
+    """Rows of a policy's forward when there are only ``rows``: the fewest that give the bits of blocks of ``reference`` rows.
+
+    Which bits a BLAS gives a row depends on the shapes alone, so a trial with random numbers finds out: if another order of
+    rounding were at work, it would show in some of the thousands of outputs.
+
+    Args:
+        module: a policy.
+        family: of its perturbations.
+        obs_dim: size of an observation.
+        rows: that are needed at a time.
+        reference: rows of a block elsewhere.
+    """
+    block = min(max(1 << max(rows - 1, 0).bit_length(), _FEWEST_LIKE), reference)
+    members = Members(reference + reference % 2, True, torch.device("cpu"), reference + reference % 2)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(reference, obs_dim, generator=generator)]
+    state = initial_state(module, reference, members.device)
+    if state is not None:
+        inputs.append(torch.randn(state.shape, generator=generator))
+
+    def outputs(block: int) -> list[Tensor]:
+        population = Population(module, family, members, 0.1, 0, 0, block)
+        return _tensors((population.select(torch.arange(reference))(*inputs),))
+
+    expected = outputs(reference)
+    while block < reference:
+        if all(torch.equal(a, b) for a, b in zip(outputs(block), expected, strict=True)):
+            return block
+        block *= 2
+    return reference
 
 
 class Population:
@@ -188,6 +222,10 @@ class Population:
         _load_module(self._conversion.twin, other._conversion.twin)
         for name, perturbation in self._perturbations.items():
             perturbation.load_(other._perturbations[name])
+
+    def mean_state(self) -> dict[str, Tensor]:
+        """The unperturbed module's state dict."""
+        return self._module.state_dict()
 
     def member(self, n: int) -> nn.Module:
         """A copy of the module with the dense weights of member ``n``.

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from es_flipout.agent import Agent
 from es_flipout.checkpoint import Progress, atomic_write, load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from es_flipout.cluster.pool import WorkersLostError
+from es_flipout.cluster.sharded import ShardedPlayer
 from es_flipout.config import TrainConfig
 from es_flipout.envs import EnvironmentFailureError, make_env
 from es_flipout.errors import UserError
@@ -23,8 +27,8 @@ from es_flipout.evaluate import Evaluation
 from es_flipout.metrics import Metrics, MetricsLog, Reporter, Silent
 from es_flipout.observation_norm import ObservationNorm
 from es_flipout.perturbations import family_of
-from es_flipout.player import LocalPlayer, Player, make_lanes, slots_for
-from es_flipout.population import Unperturbed, row_block_for
+from es_flipout.player import LocalPlayer, Player, make_lanes, row_block_of, slots_for
+from es_flipout.population import Unperturbed
 from es_flipout.randomness import Address, Stream, integers
 from es_flipout.rollout import Rollout, RolloutInterrupted, start_seeds
 from es_flipout.runinfo import environment
@@ -59,9 +63,10 @@ class Trainer:
         self.device = _device(config.device)
         self.player = make_player(config)
         player = self.player
+        for warning in player.warnings:
+            self.reporter.say(warning)
         self.agent = Agent(config, player.observation_space, player.action_space, player.observation_shape)
-        # Of all slots, also where lanes or machines share them: the blocks must not depend on who plays.
-        self.row_block = config.row_block or row_block_for(self.agent.module, slots_for(config))
+        self.row_block = row_block_of(config, self.agent.module)
         self.strategy = EvolutionStrategy(
             self.agent.module,
             config.population_size,
@@ -102,7 +107,7 @@ class Trainer:
                     started = time.perf_counter()
                     try:
                         rollout = self.generation()
-                    except EnvironmentFailureError:
+                    except (EnvironmentFailureError, WorkersLostError):
                         self.save()
                         raise
                     seconds = time.perf_counter() - started
@@ -157,6 +162,10 @@ class Trainer:
         """The mean policy as an agent on the CPU."""
         self.agent.module.load_state_dict(self.strategy.mean_module().state_dict())
         return self.agent
+
+    def close(self) -> None:
+        """Release environments, processes and connections."""
+        self.player.close()
 
     def _account(self, rollout: Rollout, seconds: float, started: float) -> Metrics:
         """Count a generation, and score the mean policy when it is time."""
@@ -228,13 +237,20 @@ class Trainer:
         save_tensors(run_dir / "policy.safetensors", self.trained_agent().state_dict())
 
     @classmethod
-    def resume(cls, run_dir: Path, reporter: Reporter | None = None) -> Trainer:
+    def resume(
+        cls, run_dir: Path, reporter: Reporter | None = None, changes: Mapping[str, Any] | None = None
+    ) -> Trainer:
         """The run in ``run_dir``, as it was at its newest checkpoint.
+
+        Args:
+            run_dir: its directory.
+            reporter: told what happens.
+            changes: fields of the configuration that say where to compute, and not what; they change no result.
 
         Raises:
             UserError: the directory is missing or incomplete, or was made by another version.
         """
-        config = read_config(run_dir)
+        config = dataclasses.replace(read_config(run_dir), **(changes or {}))
         tensors, progress = load_checkpoint(run_dir / "checkpoints")
         trainer = cls(config, run_dir, reporter)
         trainer._load(tensors, progress)
@@ -314,8 +330,8 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
 
 def make_player(config: TrainConfig) -> Player:
     """Who plays the episodes of this run."""
-    if config.backend != "local":
-        raise UserError(f"backend {config.backend!r} is not available in this version; use local")
+    if config.backend == "ray":
+        return ShardedPlayer(config)
     return LocalPlayer(make_lanes(config, slots_for(config)))
 
 

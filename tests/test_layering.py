@@ -41,11 +41,12 @@ ORDER = (
     "evaluate",
     "checkpoint",
     "metrics",
+    "cluster",
     "trainer",
     "bench",  # with its sub-modules, which may import one another
     "cli",
 )
-WHOLE_PACKAGES = ("nn", "kernels", "layers", "bench")
+WHOLE_PACKAGES = ("nn", "kernels", "layers", "cluster", "bench")
 TORCH_FREE = ("", "errors", "config", "presets", "cli")
 GYMNASIUM_FREE = ("", "errors", "config", "presets")
 

@@ -514,11 +514,6 @@ def test_a_run_needs_an_end() -> None:
         Trainer(dataclasses.replace(CARTPOLE, generations=None))
 
 
-def test_ray_is_refused() -> None:
-    with pytest.raises(UserError, match="backend 'ray' is not available"):
-        Trainer(dataclasses.replace(CARTPOLE, backend="ray"))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"no CUDA GPU.*--device cpu"):
