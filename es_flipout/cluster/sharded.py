@@ -153,7 +153,7 @@ class ShardedPlayer(Player):
         score_slots = min(config.score_episodes, slots_for(config))
         self._home = LocalPlayer(make_lanes(dataclasses.replace(config, overlap=False), score_slots))
         self._describe(self._home.envs[0])
-        self._connection = connection = Connection(config.ray_address, config.workers)
+        self._connection = connection = Connection(config.ray_address)
         self.workers, self.threads = _arrangement(config, connection)
         self.warnings = _warnings(self.workers * self.threads, connection)
         self.share = _share_size(config.population_size, self.workers)
