@@ -26,6 +26,17 @@ def test_options_exist(page: Path) -> None:
     assert options <= known | {"--episodes", "--run-dir"}
 
 
+def test_cluster_file_fits_the_schema_of_the_installed_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    import yaml
+
+    config = yaml.safe_load((ROOT / "docs" / "cluster.yaml").read_text(encoding="utf-8"))
+    util.validate_config(config)
+    with pytest.raises(Exception, match="no_such_key"):  # the schema does refuse what it does not know
+        util.validate_config(config | {"no_such_key": 1})
+
+
 def test_image_holds_what_a_wheel_is_built_from() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = {line[1:] for line in ignored if line.startswith("!")}
