@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from toy_envs import lanes_of
 
-from es_flipout.bench import forward, rollout
+from es_flipout.bench import forward, rollout, ways
 from es_flipout.bench.timing import Measured, Spread, interleave, repeated
 from es_flipout.errors import UserError
 from es_flipout.memory import stored_bytes
@@ -123,6 +123,44 @@ def test_forward_leaves_out_what_does_not_fit() -> None:
     needed = 16 * (18 * 8 + 9 * 8 + 9 * 6) * 4 * 1.5
     assert point["left_out_bytes"] == {"dense": needed}
     assert "- (0.03 MB)" in text.getvalue()
+
+
+def test_forward_by_way(tmp_path: Path) -> None:
+    pytest.importorskip("triton")  # whose interpreter stands in for the device
+    console, text = printed()
+    options = forward.ForwardBench(
+        widths=(8,), populations=(4,), rounds=1, seconds_per_point=0.001, ways=ways.WAYS, precisions=("ieee", "bf16"),
+        wide=32, wide_batch=4, json=tmp_path / "ways.json",
+    )  # fmt: skip
+    assert options.json is not None
+    results = written(options.json, forward.run(options, console))
+    assert [point["precision"] for point in results["ways"]] == ["ieee", "bf16"]
+    for point in results["ways"]:
+        assert point["reference"] == "plain"
+        assert set(point["ratio"]) == set(ways.WAYS) - {"plain", "plain_compiled"}
+        assert set(point["left_out"]) == {"plain_compiled"}
+        assert all(spread["median"] > 0 for spread in point["ratio"].values())
+    (wide,) = results["wide"]
+    assert set(wide["left_out"]) == {"flipout_fp8"}
+    assert set(wide["ratio"]) == {"low_rank", "low_rank_kernel", "flipout", "flipout_layers", "flipout_library"}
+    assert "flipout_mlp" in text.getvalue()
+
+
+def test_forward_by_way_says_what_it_leaves_out() -> None:
+    console, _ = printed()
+    options = forward.ForwardBench(
+        widths=(8,), populations=(4,), rounds=1, seconds_per_point=0.001, ways=("plain", "dense"), precisions=("ieee",),
+        wide=0, memory_limit_gib=1e-6,
+    )  # fmt: skip
+    (point,) = forward.run(options, console)["results"]["ways"]
+    assert point["left_out"] == {"dense": "needs 0.01 MB"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_forward_on_a_device_that_is_not_there() -> None:
+    console, _ = printed()
+    with pytest.raises(UserError, match="no CUDA GPU"):
+        forward.run(forward.ForwardBench(device="cuda"), console)
 
 
 def test_vmap_computes_the_perturbed_networks_of_the_right_shape() -> None:

@@ -24,6 +24,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from es_flipout.bench.timing import Measure, interleave, repeated, report
+from es_flipout.bench.ways import WAYS, Point, Way, measure, measure_wide, network_way, table
+from es_flipout.errors import UserError
+from es_flipout.kernels import Precision
 from es_flipout.memory import stored_bytes
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 from es_flipout.policies import MLP
@@ -63,12 +66,25 @@ class ForwardBench:
     """Members of the memory table; 0 leaves it out."""
     memory_hidden: tuple[int, ...] = (256, 256)
     """Hidden layers of the memory table."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to measure; on CUDA all ways, with and without kernels, instead of families."""
+    ways: tuple[Way, ...] | None = None
+    """Ways to compute the forward, each beside plain inference; by default all of them on CUDA and none on the CPU."""
+    precisions: tuple[Precision, ...] = ("ieee", "tf32", "bf16")
+    """Precisions of products that the ways are measured in."""
+    wide: int = 8192
+    """Width of the single bf16 layer that is measured with the ways; 0 leaves it out."""
+    wide_batch: int = 1024
+    """Rows through the wide layer."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result to this file."""
 
 
 def run(options: ForwardBench, console: Console) -> dict[str, Any]:
     """Measure, print tables, return the JSON-ready result."""
+    ways = options.ways if options.ways is not None else WAYS if options.device == "cuda" else ()
+    if ways:
+        return _run_ways(options, ways, console)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -86,6 +102,43 @@ def run(options: ForwardBench, console: Console) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     return report("bench forward", asdict(options), {"forward": points, "memory": memory}, options.json)
+
+
+def _run_ways(options: ForwardBench, ways: tuple[Way, ...], console: Console) -> dict[str, Any]:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no CUDA GPU here; use --device cpu")
+    device = torch.device(options.device)
+    limit = options.memory_limit_gib * 2**30
+
+    def make(point: Point, way: Way) -> Forward:
+        numbers = sum(parameter.numel() for parameter in point.module.parameters())
+        needed = len(point.x) * numbers * _FLOAT_BYTES * _DENSE_COPIES.get(way, 0)
+        if needed > limit:
+            raise UserError(f"needs {show_bytes(round(needed))}")
+        return network_way(_vmap, point, way)
+
+    points: list[dict[str, Any]] = []
+    for width in options.widths:
+        for population in options.populations:
+            for precision in options.precisions:
+                with console.status(f"width {width}, population {population}, {precision}"):
+                    sizes = {"width": width, "population": population}
+                    point = _ways_point(device, width, population, precision)
+                    points.append(measure(ways, make, sizes, point, options.rounds, options.seconds_per_point))
+    console.print(table("Population forward ÷ plain inference of the unperturbed network, by way", points))
+    wide: list[dict[str, Any]] = []
+    if options.wide:
+        with console.status("wide layer"):
+            size = (options.wide, options.wide_batch)
+            wide = [measure_wide(device, *size, options.rounds, options.seconds_per_point)]
+        console.print(table("One wide layer ÷ the unperturbed layer", wide))
+    return report("bench forward", asdict(options), {"ways": points, "wide": wide}, options.json)
+
+
+def _ways_point(device: torch.device, width: int, population: int, precision: Precision) -> Point:
+    module = MLP(_OBS_DIM, _ACTION_DIM, (width, width), generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(population, _OBS_DIM, generator=torch.Generator().manual_seed(1)).to(device)
+    return Point(device, precision, module, x)
 
 
 def _measure_point(options: ForwardBench, width: int, population: int) -> dict[str, Any]:
@@ -130,7 +183,8 @@ def _population(module: nn.Module, family: Family, x: Tensor) -> Forward:
 def _vmap(module: nn.Module, x: Tensor) -> Forward:
     generator = torch.Generator().manual_seed(2)
     stacked = {
-        name: parameter.detach() + torch.randn(len(x), *parameter.shape, generator=generator).mul_(_SIGMA)
+        name: parameter.detach()
+        + torch.randn(len(x), *parameter.shape, generator=generator).mul_(_SIGMA).to(parameter.device, parameter.dtype)
         for name, parameter in module.named_parameters()
     }
     skeleton = copy.deepcopy(module).to("meta")

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
+
 from es_flipout.checkpoint import atomic_write
 from es_flipout.runinfo import environment
 
@@ -99,6 +101,29 @@ def repeated(call: Callable[[], object], seconds: float, clock: Callable[[], flo
         for _ in range(count):
             call()
         return Measured(count, clock() - started)
+
+    return measure
+
+
+def repeated_on(device: torch.device, call: Callable[[], object], seconds: float) -> Measure:
+    """As :func:`repeated`; on CUDA the device's own events measure, and every measurement waits for what was started."""
+    if device.type != "cuda":
+        return repeated(call, seconds)
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    count = round(repeated(call, seconds, clock)().work)
+
+    def measure() -> Measured:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return Measured(count, start.elapsed_time(end) / 1e3)
 
     return measure
 

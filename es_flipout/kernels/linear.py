@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from es_flipout.kernels import Activation, Precision, interpreted
-from es_flipout.kernels.signs import sign_of
+from es_flipout.kernels.signs import sign_of, signed
 from es_flipout.kernels.tiles import (
     Tuned,
     activated,
@@ -127,6 +127,37 @@ def linear_torch(
         y += layer.bias if layer.bias_noise is None else layer.bias + scale * layer.bias_noise[source]
     y = activated_torch(y + product_torch(x, layer.weight.T, precision), layer.activation)
     return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+def linear_by_library(x: Tensor, layer: FlipoutLayer, members: Tensor, share: int, sigma: float) -> Tensor:
+    """As :func:`linear` without an activation, for wide layers: the two products by torch, only the signs by kernels.
+
+    Args:
+        x: ``(n, in)``, of the dtype of the weight.
+        layer: with one base; if that is float8_e4m3fn, its product takes the inputs in that type too (on CUDA, with sizes that
+            are multiples of 16), so the noise has 4 significant bits of the inputs, and the mean all of them.
+        members: ``(n,)`` int64.
+        share: members of one noise source.
+        sigma: perturbation standard deviation.
+
+    Returns:
+        ``(n, out)``, of the dtype of ``x``.
+    """
+    base = layer.base[0]
+    if base.dtype == torch.float8_e4m3fn:
+        flips = signed(x, layer.s, members, share, dtype=base.dtype)
+        one = torch.ones((), device=x.device)
+        product_of_fp8 = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+        noise = product_of_fp8(flips, base.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    else:
+        noise = signed(x, layer.s, members, share) @ base.T
+    plus = layer.bias
+    if plus is not None and layer.bias_noise is not None:
+        plus = plus + (sigma * sign_of(members, share))[:, None] * layer.bias_noise[members // share]
+    if plus is not None:
+        plus = plus.expand(len(x), -1)
+    own = signed(noise, layer.r, members, share, scale=sigma, plus=plus, dtype=x.dtype)
+    return torch.addmm(own, x, layer.weight.T)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_key"])

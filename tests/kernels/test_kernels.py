@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from es_flipout.kernels import Activation, Precision, interpreted
-from es_flipout.kernels.linear import FlipoutLayer, linear, linear_torch
+from es_flipout.kernels.linear import FlipoutLayer, linear, linear_by_library, linear_torch
 from es_flipout.kernels.low_rank import low_rank_linear, low_rank_linear_torch
 from es_flipout.kernels.mlp import fits, mlp, mlp_torch
 from es_flipout.kernels.signs import sign_words, sign_words_torch, signed, signed_torch
@@ -254,3 +254,10 @@ def test_low_rank(rank: int, share: int) -> None:
             own = weight + scale * torch.einsum("ko,ki->oi", left[member // share], right[member // share])
             expected = own.double() @ x[i].double() + (0 if bias_rows is None else bias_rows[i])
             assert_near(found[i], expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_by_library(bias: bool) -> None:
+    layer = layer_of(40, 20, 8, bias=bias)
+    members, x = torch.randint(16, (11,), device=DEVICE), torch.randn(11, 40, device=DEVICE)
+    assert_near(linear_by_library(x, layer, members, 2, SIGMA), dense(x, layer, members, 2))
