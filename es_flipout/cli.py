@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from es_flipout.trainer import Trainer
 
 Options = TypeVar("Options")
+WithConfig = TypeVar("WithConfig", "TrainOptions", "PlanOptions")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class TrainOptions:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     run_dir: Path | None = None
     """Directory of the run, made new; by default under runs/."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Predict the memory of a training run, without running it."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    json: bool = False
+    """Print the result as JSON."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,8 @@ def train(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     if not arguments:
         raise UserError("which environment? es-flipout train ENV_ID; `es-flipout envs` lists them")
-    _refuse_unknown_options(arguments)
-    env_id = arguments[0]
-    if env_id.startswith("-"):
-        # The environment comes after options, or help was asked for: read everything once with general defaults.
-        env_id = _parse(TrainOptions, arguments, "train", default=_defaults("CartPole-v1")).config.env_id
-    options = _parse(TrainOptions, arguments, "train", default=_defaults(env_id))
+    _refuse_unknown_options(TrainOptions, arguments, "train")
+    options = _parse_with_preset(TrainOptions, arguments, "train")
     config = options.config
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     if "--generations" in given and "--env-steps" not in given:
@@ -169,6 +175,34 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """``es-flipout plan ENV_ID [options of train] [--json]``."""
+    arguments = list(arguments)
+    if not arguments:
+        raise UserError("which environment? es-flipout plan ENV_ID [options of train]")
+    _refuse_unknown_options(PlanOptions, arguments, "plan")
+    options = _parse_with_preset(PlanOptions, arguments, "plan")
+
+    from es_flipout.arrangement import planned
+    from es_flipout.bench.forward import show_bytes
+    from es_flipout.plan import make_plan
+
+    result = make_plan(planned(options.config))
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return 0
+    where = "GPU" if result.device == "cuda" else "CPU"
+    print(f"{result.env_id}: {result.population_size:,} members, {result.episodes} episodes of each, on the {where}")
+    print(
+        f"{result.slots:,} environments side by side, policies in blocks of {result.row_block:,} rows ({result.blocks})"
+    )
+    for name, size in result.parts.items():
+        print(f"  {name:32} {show_bytes(size):>12}")
+    free = "" if result.free is None else f", of {show_bytes(result.free)} that are free"
+    print(f"  {'together':32} {show_bytes(result.total):>12}{free}")
+    return 0
+
+
 def envs(arguments: Sequence[str]) -> int:
     """``es-flipout envs``."""
     _parse(EnvsOptions, arguments, "envs")
@@ -206,6 +240,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a policy: es-flipout train HalfCheetah-v5"),
     "resume": (resume, "continue a run to the bit: es-flipout resume RUN_DIR"),
     "evaluate": (evaluate, "score a run in the real Gymnasium environment: es-flipout evaluate RUN_DIR"),
+    "plan": (plan, "memory of a run, before running it: es-flipout plan Humanoid-v5"),
     "envs": (envs, "list what can be trained"),
     "bench": (bench, "measure speed on this machine: es-flipout bench forward|rollout"),
 }
@@ -251,9 +286,18 @@ def _fail(error: Exception) -> int:
     return 2
 
 
-def _defaults(env_id: str) -> TrainOptions:
-    """The preset of an environment, with the environment still to be given."""
-    return TrainOptions(config=dataclasses.replace(preset(env_id), env_id=tyro.MISSING))
+def _parse_with_preset(options: type[WithConfig], arguments: Sequence[str], command: str) -> WithConfig:
+    """Read options of which some are a run's configuration; the preset of its environment fills what is not given."""
+
+    def parsed(env_id: str) -> WithConfig:
+        preset_config = dataclasses.replace(preset(env_id), env_id=tyro.MISSING)
+        return _parse(options, arguments, command, default=options(config=preset_config))
+
+    env_id = arguments[0]
+    if env_id.startswith("-"):
+        # The environment comes after options, or help was asked for: read everything once with general defaults.
+        env_id = parsed("CartPole-v1").config.env_id
+    return parsed(env_id)
 
 
 def _parse(options: type[Options], arguments: Sequence[str], command: str, default: Options | None = None) -> Options:
@@ -278,15 +322,16 @@ def _parse(options: type[Options], arguments: Sequence[str], command: str, defau
         raise UserError(_one_line(said.getvalue()) + f" (see es-flipout {command} --help)") from None
 
 
-def _refuse_unknown_options(arguments: Sequence[str]) -> None:
-    """Name an option of ``train`` that does not exist, and the nearest that does."""
-    names = ["run_dir", *(field.name for field in dataclasses.fields(TrainConfig) if field.name != "env_id")]
+def _refuse_unknown_options(options: type[WithConfig], arguments: Sequence[str], command: str) -> None:
+    """Name an option that does not exist, and the nearest that does."""
+    own = [field.name for field in dataclasses.fields(options) if field.name != "config"]
+    names = [*own, *(field.name for field in dataclasses.fields(TrainConfig) if field.name != "env_id")]
     known = ["--help", *(f"--{prefix}{name}".replace("_", "-") for name in names for prefix in ("", "no_"))]
     for argument in arguments:
         option = argument.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known:
             near = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else " (see es-flipout train --help)"
+            hint = f"; did you mean {near[0]}?" if near else f" (see es-flipout {command} --help)"
             raise UserError(f"unrecognized option {option}{hint}")
 
 

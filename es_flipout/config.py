@@ -91,7 +91,9 @@ class TrainConfig:
     """Fraction of the run after which the cap is gone."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where policies are computed."""
+    """Where policies are computed; auto measures what is faster, where there is a GPU."""
+    physics: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where environments are stepped; auto follows the device where there is an implementation for it."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Fused Triton kernels or plain torch for the policies; auto takes Triton on CUDA."""
     precision: Literal["ieee", "tf32x3", "tf32", "bf16"] = "ieee"

@@ -121,11 +121,12 @@ def row_block_of(config: TrainConfig, module: nn.Module) -> int:
 def make_lanes(config: TrainConfig, slots: int) -> list[BatchEnv]:
     """The environments: two halves where physics and policy are to overlap, else one batch."""
     kwargs = config.parsed_env_kwargs()
-    is_mujoco = native_env_ids().get(config.env_id.removeprefix(NAMESPACE)) == "mujoco"
+    backend = native_env_ids().get(config.env_id.removeprefix(NAMESPACE), "gymnasium")
     cores = usable_cores()
-    # On two cores the policy only takes from the physics what the overlap gives (results/LOG.md).
-    overlap = config.overlap if config.overlap is not None else cores > 2
-    if not is_mujoco or not overlap or slots < 2:
+    # With two cores and no GPU the policy only takes from the physics what the overlap gives (results/LOG.md).
+    on_gpu = config.device == "cuda"
+    overlap = config.overlap if config.overlap is not None else on_gpu or (cores > 2 and backend == "mujoco")
+    if backend == "torch" or not overlap or slots < 2:
         return [make_env(config.env_id, slots, threads=config.threads, observed=config.observed, **kwargs)]
     # Each half has its share of the threads: two batches that compete for all cores wait for each other at every step.
     threads = config.threads if config.threads is not None else cores

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from es_flipout.agent import Agent
+from es_flipout.arrangement import local_player, resolve
 from es_flipout.checkpoint import Progress, atomic_write, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from es_flipout.cluster.pool import WorkersLostError
 from es_flipout.cluster.sharded import ShardedPlayer
@@ -27,7 +28,7 @@ from es_flipout.evaluate import Evaluation
 from es_flipout.metrics import Metrics, MetricsLog, Reporter, Silent
 from es_flipout.observation_norm import ObservationNorm
 from es_flipout.perturbations import family_of
-from es_flipout.player import LocalPlayer, Player, make_lanes, row_block_of, slots_for
+from es_flipout.player import Player, row_block_of
 from es_flipout.population import Unperturbed
 from es_flipout.randomness import Address, Stream, integers
 from es_flipout.rollout import Rollout, RolloutInterrupted, start_seeds
@@ -52,7 +53,6 @@ class Trainer:
         Raises:
             UserError: the environment, a space or a device is not supported.
         """
-        self.config = config
         self.run_dir = run_dir
         self.reporter = reporter if reporter is not None else Silent()
         self.interrupted = False
@@ -60,8 +60,9 @@ class Trainer:
             raise UserError("give the run an end: generations or env-steps")
         # Small layers stall with more than one intra-op thread, and the cores belong to the physics.
         torch.set_num_threads(1)
-        self.device = _device(config.device)
-        self.player = make_player(config)
+        self.config = config = resolve(config, self.reporter.say)
+        self.device = torch.device(config.device)
+        self.player = make_player(config, self.reporter.say)
         player = self.player
         for warning in player.warnings:
             self.reporter.say(warning)
@@ -328,18 +329,11 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
     atomic_write(run_dir / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
 
 
-def make_player(config: TrainConfig) -> Player:
+def make_player(config: TrainConfig, say: Callable[[str], None]) -> Player:
     """Who plays the episodes of this run."""
     if config.backend == "ray":
         return ShardedPlayer(config)
-    return LocalPlayer(make_lanes(config, slots_for(config)))
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no CUDA GPU here; use --device cpu")
-    # Physics runs on the CPU and the policies are small: the GPU pays off with physics on the GPU only.
-    return torch.device("cuda" if name == "cuda" else "cpu")
+    return local_player(config, say)
 
 
 @contextmanager

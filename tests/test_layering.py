@@ -37,6 +37,8 @@ ORDER = (
     "device_rollout",
     "player",
     "device_player",
+    "plan",
+    "arrangement",
     "runinfo",
     "evaluate",
     "checkpoint",
