@@ -240,9 +240,9 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a policy: es-flipout train HalfCheetah-v5"),
     "resume": (resume, "continue a run to the bit: es-flipout resume RUN_DIR"),
     "evaluate": (evaluate, "score a run in the real Gymnasium environment: es-flipout evaluate RUN_DIR"),
-    "plan": (plan, "memory of a run, before running it: es-flipout plan Humanoid-v5"),
     "envs": (envs, "list what can be trained"),
     "bench": (bench, "measure speed on this machine: es-flipout bench forward|rollout"),
+    "plan": (plan, "memory of a run, before running it: es-flipout plan Humanoid-v5"),
 }
 
 

@@ -127,6 +127,7 @@ class DeviceRollout:
         action_map: turns outputs into actions.
         moment_jobs: sum up the observations of this many jobs, the first ones.
         steps_per_launch: control steps between two refills.
+        captured: use CUDA graphs where there is CUDA.
     """
 
     def __init__(
@@ -138,7 +139,9 @@ class DeviceRollout:
         action_map: ActionMap,
         moment_jobs: int,
         steps_per_launch: int = STEPS_PER_LAUNCH,
+        captured: bool = True,
     ) -> None:
+        self._use_graphs = captured and env.device.type == "cuda"
         device, slots, jobs = env.device, env.num_envs, population.size * episodes
         self.env, self.episodes, self.jobs, self.steps_per_launch = env, episodes, jobs, steps_per_launch
         self._parts = env if isinstance(env, SteppedInParts) else None
@@ -316,14 +319,13 @@ class DeviceRollout:
 
     def _captured(self) -> Callable[[], None]:
         """A launch, in as few graphs as the environment allows."""
-        is_cuda = self.env.device.type == "cuda"
-        if is_cuda:
+        if self._use_graphs:
             # No job is left to take, so all slots are frozen.
             torch.cuda.synchronize(self.env.device)
             with torch.cuda.stream(torch.cuda.Stream(self.env.device)):
                 for _ in range(_WARM_UP):
                     self._whole_launch()
-        graph = _graph if is_cuda else _plain_call
+        graph = _graph if self._use_graphs else _plain_call
         if self.env.capturable:
             return graph(self._whole_launch)
         before, between, after = graph(self._before), graph(self._between), graph(self._after)

@@ -100,6 +100,7 @@ OTHER = TrainConfig(
     kernels="torch",
     precision="tf32",
     device="cpu",
+    physics="cpu",
     backend="ray",
     worker_kind="classic",
     workers=3,

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import gymnasium
 import numpy as np
@@ -35,6 +35,7 @@ from rich.table import Table
 from torch import Tensor
 
 from es_flipout.agent import Agent
+from es_flipout.bench.rollout_gpu import measure_point
 from es_flipout.bench.timing import Measure, Measured, interleave, repeated, report, timed
 from es_flipout.config import TrainConfig
 from es_flipout.envs import BatchEnv, make_env
@@ -67,6 +68,8 @@ class RolloutBench:
     """Episodes are not shortened to fewer steps than this."""
     threads: int | None = None
     """Physics threads; by default one for each core."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train; cuda compares with bare mujoco-warp, a world for each member (es_flipout.bench.rollout_gpu)."""
     gymnasium: bool = False
     """Also measure gymnasium.make_vec(..., "async")."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -90,6 +93,10 @@ def run(options: RolloutBench, console: Console) -> dict[str, Any]:
 
 def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[str, Any]:
     kwargs = dict(_NEVER_END.get(env_id, {}))
+    if options.device == "cuda":
+        return measure_point(
+            _gpu_config(env_id, population, kwargs), options.seconds, options.shortest_episode, options.rounds
+        )
     kwargs["max_episode_steps"] = _episode_steps(options, env_id, population, kwargs)
     config = TrainConfig(
         env_id=env_id,
@@ -129,6 +136,20 @@ def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[
         "steps_per_s": {name: asdict(timings.rate(name)) for name in timings.rates},
         "training_to": {name: asdict(spread) for name, spread in ratios.items()},
     }
+
+
+def _gpu_config(env_id: str, population: int, kwargs: Mapping[str, Any]) -> TrainConfig:
+    return TrainConfig(
+        env_id=env_id,
+        env_kwargs=json.dumps(kwargs),
+        population_size=population,
+        hidden=(64, 64),
+        learning_rate=1e-12,
+        generations=2**31,
+        device="cuda",
+        physics="gpu",
+        slots=population,
+    )
 
 
 def _episode_steps(options: RolloutBench, env_id: str, population: int, kwargs: Mapping[str, Any]) -> int:
