@@ -163,6 +163,8 @@ def measured(config: TrainConfig, seconds: float = _SECONDS) -> float:
             seed=config.seed,
             device=config.device,
             row_block=config.row_block,
+            kernels=config.kernels,
+            precision=config.precision,
         ).ask()
         seeds = start_seeds(population, 1)
 

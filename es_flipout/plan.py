@@ -1,7 +1,8 @@
 """How much memory a run will take, before it runs; and how many slots fit into what there is.
 
 Everything a run stores grows in proportion to its members and to its slots. So the very objects of the run are made in three
-small sizes, what they really store is counted, and the rest is a straight line.
+small sizes, what they really store is counted, and the rest is a straight line. Where a plan for a GPU is made without one,
+plain torch is counted: the kernels store signs in an eighth of it.
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ class _Model:
                 seed=config.seed,
                 device=self._device,
                 row_block=1,
+                kernels=config.kernels if self._device.type == "cuda" else "torch",
+                precision=config.precision,
             ).ask()
             stored = stored_bytes(population)
             found = {
