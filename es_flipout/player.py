@@ -115,7 +115,8 @@ def slots_for(config: TrainConfig) -> int:
 
 def row_block_of(config: TrainConfig, module: nn.Module) -> int:
     """Rows of one policy computation of this run, whoever plays: of all slots, so that lanes and machines do not matter."""
-    return config.row_block or row_block_for(module, slots_for(config))
+    slots = slots_for(config)
+    return config.row_block or (slots if config.device == "cuda" else row_block_for(module, slots))
 
 
 def make_lanes(config: TrainConfig, slots: int) -> list[BatchEnv]:
