@@ -24,19 +24,21 @@ class BatchEnv(ABC):
     """``S`` copies of one environment, stepped side by side as torch tensors; no autoreset.
 
     A slot is either live or frozen. The caller says which with the ``live`` mask of :meth:`step`: a frozen slot keeps its
-    state, gives reward 0 and neither flag, and costs nothing where the backend can skip it. :meth:`reset` starts new
-    episodes in any chosen slots while the others stay where they are, so a slot can take a new episode at once.
+    state, gives reward 0 and neither flag, and costs nothing where the backend can skip it (``"mujoco-warp"`` parks it
+    instead: it is lost until it is reset). :meth:`reset` starts new episodes in any chosen slots while the others stay
+    where they are, so a slot can take a new episode at once.
 
     Attributes:
         env_id: the Gymnasium id, for instance ``"HalfCheetah-v5"``.
         kwargs: the keyword arguments of ``gymnasium.make`` that select the same environment variant.
         num_envs: ``S``.
-        observation_space: of one slot, as ``gymnasium.make(env_id, **kwargs)`` has it (flattened to one dimension).
+        observation_space: of one slot, as ``gymnasium.make(env_id, **kwargs)`` has it (flattened to one dimension);
+            ``"mujoco-warp"`` has it in float32.
         action_space: of one slot: ``Box`` (continuous) or ``Discrete``.
         max_episode_steps: the time limit; reaching it is truncation. ``None`` where the environment has none.
         alive_bonus: the part of every step's reward that is paid for merely not having ended (0 where there is none).
         device: where the tensors of :meth:`reset` and :meth:`step` live.
-        backend: ``"torch"``, ``"mujoco"`` or ``"gymnasium"``.
+        backend: ``"torch"``, ``"mujoco"``, ``"mujoco-warp"`` or ``"gymnasium"``.
         diverged: ``(S,)`` bool, the slots whose last step gave a state that is not finite (such a step terminates,
             with reward 0).
     """

@@ -42,8 +42,9 @@ def make_env(
     Args:
         env_id: a Gymnasium id; the prefix ``es_flipout/`` of the vector environments is allowed.
         num_envs: the number of slots.
-        device: where the tensors live; only the torch backend runs elsewhere than on the CPU.
-        threads: physics threads of the MuJoCo backend, by default one per usable core. Others ignore it.
+        device: where the tensors live. Torch environments run on any device; MuJoCo tasks on the CPU and, with the extra
+            ``gpu``, on CUDA (:class:`es_flipout.envs.mujoco_gpu.MujocoWarpBatchEnv`); others on the CPU.
+        threads: physics threads of MuJoCo on the CPU, by default one per usable core. Others ignore it.
         vectorization_mode: ``"sync"`` or ``"async"`` (a process per slot), for ids without our own implementation.
         observed: entries of the observation to show, in this order; by default all.
         **kwargs: as for ``gymnasium.make(env_id, **kwargs)``.
@@ -59,7 +60,8 @@ def make_env(
     if env_id in native_env_ids():
         return make_native_env(env_id, num_envs, device, threads=threads, **kwargs)
     _check_size(num_envs)
-    _require_cpu(env_id, device)
+    if torch.device(device).type != "cpu":
+        raise UnsupportedEnvironmentError(f"{env_id} runs on the CPU only; ask for device='cpu', not {str(device)!r}")
     _require_registered(env_id)
     return GymnasiumBatchEnv(env_id, num_envs, kwargs, vectorization_mode)
 
@@ -69,11 +71,23 @@ def make_native_env(
 ) -> NativeBatchEnv:
     """As :func:`make_env`, for the ids of :func:`native_env_ids`."""
     _check_size(num_envs)
+    device = torch.device(device)
+    _require_card(device)
     if env_id in CLASSIC_TASKS:
         task = build_task(CLASSIC_TASKS[env_id], env_id, kwargs)
-        return TorchBatchEnv(env_id, task, num_envs, kwargs, torch.device(device))
-    _require_cpu(env_id, device)
+        return TorchBatchEnv(env_id, task, num_envs, kwargs, device)
     task = build_task(MUJOCO_TASKS[env_id], env_id, kwargs)
+    if device.type == "cuda":
+        try:
+            from es_flipout.envs.mujoco_gpu import MujocoWarpBatchEnv
+        except ImportError as error:
+            needed = "pip install 'es-flipout[gpu]'"
+            raise UnsupportedEnvironmentError(
+                f"{env_id} on {str(device)!r} needs mujoco-warp: {needed} ({error})"
+            ) from error
+        return MujocoWarpBatchEnv(env_id, task, num_envs, kwargs, device)
+    if device.type != "cpu":
+        raise UnsupportedEnvironmentError(f"{env_id} runs on 'cpu' or 'cuda', not on {str(device)!r}")
     try:
         from es_flipout.envs.mujoco_cpu import MujocoBatchEnv
     except ImportError as error:
@@ -86,9 +100,18 @@ def _check_size(num_envs: int) -> None:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
 
 
-def _require_cpu(env_id: str, device: str | torch.device) -> None:
-    if torch.device(device).type != "cpu":
-        raise UnsupportedEnvironmentError(f"{env_id} runs on the CPU only; ask for device='cpu', not {str(device)!r}")
+def _require_card(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    cards = torch.cuda.device_count()
+    if not cards:
+        raise UnsupportedEnvironmentError(
+            f"device {str(device)!r} was asked for, but torch sees no CUDA GPU here; use 'cpu'"
+        )
+    if (device.index or 0) >= cards:
+        raise UnsupportedEnvironmentError(
+            f"device {str(device)!r} was asked for, but torch sees {cards} CUDA GPU(s) here"
+        )
 
 
 def _require_registered(env_id: str) -> None:

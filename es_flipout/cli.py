@@ -214,7 +214,10 @@ def envs(arguments: Sequence[str]) -> int:
         print(
             f"{env_id:28} {backend:10} population {config.population_size:4}, {config.env_steps:>12,} environment steps"
         )
-    print("Any other registered Gymnasium id with one-dimensional observations runs through Gymnasium's vector API.")
+    print(
+        "torch runs on CUDA too, and so does mujoco (pip install 'es-flipout[gpu]'). "
+        "Any other registered Gymnasium id with one-dimensional observations runs through Gymnasium's vector API."
+    )
     return 0
 
 

@@ -45,10 +45,31 @@ def test_size_must_be_positive(env_id: str) -> None:
         make_env(env_id, 0)
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v5", "FrozenLake-v1"])
-def test_simulators_on_the_cpu_refuse_other_devices(env_id: str) -> None:
-    with pytest.raises(UnsupportedEnvironmentError, match="runs on the CPU only"):
+def test_simulators_on_the_cpu_refuse_other_devices() -> None:
+    with pytest.raises(UnsupportedEnvironmentError, match="FrozenLake-v1 runs on the CPU only"):
+        make_env("FrozenLake-v1", 1, device="cuda")
+    with pytest.raises(UnsupportedEnvironmentError, match="Hopper-v5 runs on 'cpu' or 'cuda', not on 'meta'"):
+        make_env("Hopper-v5", 1, device="meta")
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "CartPole-v1"])
+def test_cuda_without_a_card(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UnsupportedEnvironmentError, match="device 'cuda' was asked for, but torch sees no CUDA GPU"):
         make_env(env_id, 1, device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UnsupportedEnvironmentError, match=r"device 'cuda:3' .* torch sees 1 CUDA GPU"):
+        make_env(env_id, 1, device="cuda:3")
+
+
+def test_mujoco_on_cuda_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "es_flipout.envs.mujoco_gpu", None)  # as if an import in it failed
+    with pytest.raises(
+        UnsupportedEnvironmentError, match=r"Hopper-v5 on 'cuda' needs .* 'es-flipout\[gpu\]'"
+    ) as caught:
+        make_env("Hopper-v5", 1, device="cuda")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("env_id", [*native_env_ids(), "FrozenLake-v1"])
