@@ -161,36 +161,36 @@ def tests(check: Check) -> Done:
     if check.quick:
         arguments[-1] = "tests/test_device_rollout.py"
     return check.step(
-        "tests", arguments, 150, lambda: [("tests marked gpu", last_line(check.out / "tests.log"), "all pass")]
+        "tests", arguments, 110, lambda: [("tests marked gpu", last_line(check.out / "tests.log"), "all pass")]
     )
 
 
 def forward(check: Check) -> Done:
     """``bench forward``."""
     file = check.out / "forward.json"
-    sizes = ["--widths", "64", "256", "--populations", "1024", "8192", "65536", "--rounds", "5"]
+    sizes = ["--widths", "64", "256", "--populations", "1024", "65536", "--precisions", "ieee", "tf32", "--rounds", "3"]
     if check.quick:
         sizes = ["--widths", "32", "--populations", "256", "--rounds", "1", "--memory-members", "1024"]
-    device = ["--device", check.device] if takes_device("forward") else []
 
     def rows() -> list[tuple[str, str, str]]:
-        return [
-            (f"{name} ÷ plain inference, {p['width']}-{p['width']}, P = {p['population']:,}", spread(ratio), target)
-            for p in json.loads(file.read_text())["results"]["forward"]
-            for name, ratio in p["ratio"].items()
-            for target in ["≥ 0.91" if name in ("flipout", "low_rank") else ""]
-        ]
+        results = json.loads(file.read_text())["results"]
+        shown = []
+        for point in [*results.get("ways", []), *results.get("forward", [])]:
+            where = (
+                f"{point['width']}-{point['width']}, P = {point['population']:,} {point.get('precision', '')}".strip()
+            )
+            shown += [(f"{name} ÷ plain, {where}", spread(r), "≥ 0.91") for name, r in point["ratio"].items()]
+        for point in results.get("wide", []):
+            where = f"one layer {point['width']} wide, bf16, batch {point['population']}"
+            shown += [(f"{name} ÷ plain, {where}", spread(r), WIDE.get(name, "")) for name, r in point["ratio"].items()]
+        return shown
 
-    return check.step("forward", [*CLI, "bench", "forward", *sizes, *device, "--json", str(file)], 100, rows)
+    device = ["--device", check.device]
+    return check.step("forward", [*CLI, "bench", "forward", *sizes, *device, "--json", str(file)], 120, rows)
 
 
-def takes_device(kind: str) -> bool:
-    """Whether a benchmark can be told where to run."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    shown = subprocess.run(
-        [sys.executable, *CLI, "bench", kind, "--help"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    return "--device" in shown.stdout
+WIDE = {"flipout": "≥ 0.48", "flipout_layers": "≥ 0.48", "flipout_library": "≥ 0.48", "flipout_fp8": "≥ 0.6"}
+WIDE |= {"low_rank": "≥ 0.91", "low_rank_kernel": "≥ 0.91"}
 
 
 def rollout(check: Check) -> Done:
@@ -213,23 +213,39 @@ def rollout(check: Check) -> Done:
         ]
 
     device = ["--device", check.device]
-    return check.step("rollout", [*CLI, "bench", "rollout", *sizes, *device, "--json", str(file)], 150, rows)
+    return check.step("rollout", [*CLI, "bench", "rollout", *sizes, *device, "--json", str(file)], 110, rows)
 
 
 def compare(check: Check) -> Done:
-    """``bench compare`` against the cores of this machine."""
+    """``bench compare`` against the cores of this machine; short episodes, so that few cores are done in time."""
     if importlib.util.find_spec("ray") is None:
         return Done("compare", 0, "left out: ray is not installed", [])
-    file = check.out / "compare.json"
-    sizes = ["--population-size", "64", "--rounds", "1", "--workers", "1"] if check.quick else ["--rounds", "2"]
+    cores = len(os.sched_getaffinity(0))
     env_id = "CartPole-v1" if check.quick else "HalfCheetah-v5"
+    sizes = [
+        "--population-size",
+        "4096",
+        "--rounds",
+        "2",
+        "--seconds",
+        "1",
+        "--workers",
+        f"{max(cores // 2, 1)},{cores}",
+    ]
+    sizes += ["--env-kwargs", '{"max_episode_steps": 100}']
+    if check.quick:
+        sizes = ["--population-size", "64", "--rounds", "1", "--seconds", "0", "--workers", "1"]
+    folder = check.out / "compare"
 
     def rows() -> list[tuple[str, str, str]]:
-        results = json.loads(file.read_text())["results"]
-        cores = {key: value for key, value in results.items() if "core" in key}
-        return [(f"classic Ray workers that equal this machine, {env_id}", json.dumps(cores)[:200], "≥ 200")]
+        (file,) = folder.glob("*.json")
+        results = json.loads(file.read_text())["results"]["compare"]
+        return [
+            (f"classic Ray workers that equal {name}, {env_id}", spread(found["linear"], 1), "≥ 200 for a GPU")
+            for name, found in results["equivalent_cores"].items()
+        ]
 
-    return check.step("compare", [*CLI, "bench", "compare", env_id, *sizes, "--json", str(file)], 90, rows)
+    return check.step("compare", [*CLI, "bench", "compare", env_id, *sizes, "--out", str(folder)], 100, rows)
 
 
 def train(check: Check) -> Done:
@@ -256,7 +272,7 @@ def train(check: Check) -> Done:
         value = f"score {result['mean_return']:,.0f} (sd {result['std_return']:,.0f}, {result['episodes']} episodes)"
         return [(what, value, "6,000 within 600 s")]
 
-    return check.step("train", arguments, 30 if check.quick else 110, rows, stop_is_fine=True)
+    return check.step("train", arguments, 30 if check.quick else 100, rows, stop_is_fine=True)
 
 
 EVALUATE = """
@@ -281,7 +297,7 @@ def memory(check: Check) -> Done:
             rows.append(("  and the most in use while they are drawn", f"{found['peak'] / 1e9:.3f} GB", ""))
         return rows
 
-    return check.step("memory", arguments, 40, rows)
+    return check.step("memory", arguments, 30, rows)
 
 
 def measure_memory(file: Path, device: str, members: int) -> None:
@@ -310,9 +326,9 @@ STEPS: dict[str, Callable[[Check], Done]] = {
 }
 
 
-def spread(values: dict[str, float]) -> str:
+def spread(values: dict[str, float], digits: int = 2) -> str:
     """Median, least and most."""
-    return "{median:.2f} ({min:.2f} to {max:.2f})".format(**values)
+    return "{median:,.{d}f} ({min:,.{d}f} to {max:,.{d}f})".format(**values, d=digits)
 
 
 def table(done: list[Done]) -> str:
