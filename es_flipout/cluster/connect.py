@@ -35,7 +35,7 @@ class Connection:
 
     Attributes:
         ray: the package.
-        nodes: cores of every node that lives.
+        nodes: cores of every node that lends some.
     """
 
     def __init__(self, address: str | None = None, cores: int | None = None) -> None:
@@ -67,7 +67,8 @@ class Connection:
                     reason = " ".join(str(error).split())
                     raise UserError(f"cannot join the Ray cluster at {address}: {reason}") from None
         alive = [node for node in ray.nodes() if node["Alive"]]
-        self.nodes = [int(node["Resources"].get("CPU", 0)) for node in alive]
+        cores_of = (int(node["Resources"].get("CPU", 0)) for node in alive)
+        self.nodes = [count for count in cores_of if count]  # a head may keep its cores for itself
 
     @property
     def cores(self) -> int:
