@@ -36,6 +36,7 @@ class Connection:
     Attributes:
         ray: the package.
         nodes: cores of every node that lends some.
+        gpus: of all nodes.
     """
 
     def __init__(self, address: str | None = None, cores: int | None = None) -> None:
@@ -68,6 +69,7 @@ class Connection:
                     raise UserError(f"cannot join the Ray cluster at {address}: {reason}") from None
         alive = [node for node in ray.nodes() if node["Alive"]]
         cores_of = (int(node["Resources"].get("CPU", 0)) for node in alive)
+        self.gpus = sum(int(node["Resources"].get("GPU", 0)) for node in alive)
         self.nodes = [count for count in cores_of if count]  # a head may keep its cores for itself
 
     @property

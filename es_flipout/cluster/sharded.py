@@ -3,7 +3,8 @@
 Down go, once a generation, the mean weights and the observation statistics (shared by the workers of a node); for every share its
 first member, its size and 8 bytes of start seed an episode. A worker draws the members' perturbations itself, since they are
 addressed by member. Up come 16 bytes an episode (return and length), and for every ``MOMENT_BLOCK`` episodes two sums over the
-observations. The result is that of one process to the bit, whoever plays which share.
+observations. The result is that of one process to the bit, whoever plays which share. On GPUs,
+a worker each, that holds as far as the cards are alike, the kernels are used and the physics is deterministic.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from es_flipout.agent import Agent
+from es_flipout.arrangement import local_player
 from es_flipout.cluster.connect import Connection
 from es_flipout.cluster.pool import Pool
 from es_flipout.config import TrainConfig
@@ -85,11 +87,14 @@ class ShardWorker:
         torch.set_num_threads(1)
         slots = min(share * config.episodes, slots_for(config))
         self._config = dataclasses.replace(config, slots=slots, threads=threads, overlap=False, backend="local")
-        self._player = LocalPlayer(make_lanes(self._config, slots))
-        player = self._player
+        self._device = torch.device("cuda" if config.device == "cuda" else "cpu")
+        self._player = player = local_player(self._config)
         self._agent = Agent(config, player.observation_space, player.action_space, player.observation_shape)
         module, size = self._agent.module, player.observation_space.shape[0]
-        self._row_block = row_block_like(module, family_of(config), size, slots, row_block_of(config, module))
+        self._row_block = row_block_of(config, module)
+        if self._device.type == "cpu":
+            self._row_block = row_block_like(module, family_of(config), size, slots, self._row_block)
+        module.to(self._device)
 
     def ready(self) -> dict[str, str]:
         """Versions of what computes here."""
@@ -100,7 +105,7 @@ class ShardWorker:
         config, agent = self._config, self._agent
         agent.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})
         size = len(share.seeds)
-        members = Members(config.population_size, config.antithetic, torch.device("cpu"), size, share.first)
+        members = Members(config.population_size, config.antithetic, self._device, size, share.first)
         population = Population(
             agent.module,
             family_of(config),
@@ -109,6 +114,8 @@ class ShardWorker:
             config.seed,
             generation.number,
             self._row_block,
+            config.kernels,
+            config.precision,
         )
         rollout = self._player.play(
             population,
@@ -159,7 +166,8 @@ class ShardedPlayer(Player):
         self.share = _share_size(config.population_size, self.workers)
         # More workers than cores share them.
         cores = min(self.threads, max(connection.cores / self.workers, 0.01))
-        actor = connection.ray.remote(num_cpus=cores, max_restarts=0)(ShardWorker)
+        gpus = 1 if config.device == "cuda" else 0
+        actor = connection.ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0)(ShardWorker)
         arguments = (config, self.share, self.threads)
         try:
             self.pool = Pool(connection, lambda: actor.remote(*arguments), self.workers)
@@ -241,7 +249,19 @@ def _rollout(outcome: Outcome) -> Rollout:
 
 
 def _arrangement(config: TrainConfig, connection: Connection) -> tuple[int, int]:
-    """How many workers, with how many threads each: one for every core, unless their shares would get too small."""
+    """How many workers, with how many threads each: one for every GPU, or core, unless their shares would get too small.
+
+    Raises:
+        UserError: GPUs are wanted, and the cluster has none or too few.
+    """
+    if config.device == "cuda":
+        workers = config.workers or connection.gpus
+        if not 1 <= workers <= connection.gpus:
+            raise UserError(
+                f"backend ray gives every worker a GPU of its own, and the cluster has {connection.gpus}: use --device cpu, "
+                f"or --workers with at most as many"
+            )
+        return workers, config.threads or max(connection.cores // workers, 1)
     if config.workers is not None:
         return config.workers, config.threads or 1
     most = max(config.population_size // _FEWEST_MEMBERS, 1)

@@ -218,10 +218,19 @@ def test_shares_are_whole_blocks(population: int, workers: int) -> None:
     assert share * (shares - 1) < population
 
 
-def connection_with(*nodes: int) -> Connection:
+def connection_with(*nodes: int, gpus: int = 0) -> Connection:
     made = Connection.__new__(Connection)
-    made.nodes = list(nodes)
+    made.nodes, made.gpus = list(nodes), gpus
     return made
+
+
+def test_every_gpu_has_a_worker() -> None:
+    config = dataclasses.replace(HOPPER, device="cuda")
+    assert _arrangement(config, connection_with(16, 16, gpus=4)) == (4, 8)
+    assert _arrangement(dataclasses.replace(config, workers=2), connection_with(16, gpus=4)) == (2, 8)
+    for workers, gpus in ((None, 0), (3, 2)):
+        with pytest.raises(UserError, match=rf"a GPU of its own, and the cluster has {gpus}: use --device cpu"):
+            _arrangement(dataclasses.replace(config, workers=workers), connection_with(8, gpus=gpus))
 
 
 def test_workers_and_threads() -> None:
