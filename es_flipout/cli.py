@@ -222,18 +222,20 @@ def envs(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """``es-flipout bench forward|rollout [options]``."""
-    kinds = ("forward", "rollout")
+    """``es-flipout bench forward|rollout|compare [options]``."""
+    kinds = ("forward", "rollout", "compare")
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: es-flipout bench forward|rollout [options]; each has --help")
+        print("usage: es-flipout bench forward|rollout|compare [options]; each has --help")
         return 0
     if arguments[0] not in kinds:
         raise UserError(f"bench must be one of {', '.join(kinds)}, got {arguments[0]!r}")
-    from es_flipout.bench import forward, rollout
+    from es_flipout.bench import compare, forward, rollout
 
     console = Console()
     if arguments[0] == "forward":
         forward.run(_parse(forward.ForwardBench, arguments[1:], "bench forward"), console)
+    elif arguments[0] == "compare":
+        compare.run(_parse(compare.CompareBench, arguments[1:], "bench compare"), console)
     else:
         rollout.run(_parse(rollout.RolloutBench, arguments[1:], "bench rollout"), console)
     return 0
@@ -244,7 +246,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "resume": (resume, "continue a run to the bit: es-flipout resume RUN_DIR"),
     "evaluate": (evaluate, "score a run in the real Gymnasium environment: es-flipout evaluate RUN_DIR"),
     "envs": (envs, "list what can be trained"),
-    "bench": (bench, "measure speed on this machine: es-flipout bench forward|rollout"),
+    "bench": (bench, "measure speed on this machine: es-flipout bench forward|rollout|compare"),
     "plan": (plan, "memory of a run, before running it: es-flipout plan Humanoid-v5"),
 }
 

@@ -150,6 +150,9 @@ class TrainConfig:
         for name in ("generations", "env_steps", "workers", "threads", "slots", "row_block", "episode_cap"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
+        if self.worker_kind == "classic":
+            _require(self.backend == "ray", "worker_kind", "engine for any backend but ray", self.worker_kind)
+            _require(self.device != "cuda", "device", "cpu for classic workers, which have one core each", self.device)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)
         _require(self.population_size >= 2, "population_size", "at least 2", self.population_size)
         if self.antithetic:

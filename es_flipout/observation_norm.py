@@ -14,7 +14,7 @@ from torch import Tensor
 from es_flipout.errors import UserError
 
 _MIN_STD = 0.01
-_CLIP = 10.0
+CLIP = 10.0
 
 
 @dataclass
@@ -32,6 +32,9 @@ class ObservationNorm:
     Kept as count, mean and sum of squared deviations and merged generation by generation (Chan et al. 1979), in float64:
     plain sums of squares lose the variance of entries with a large mean. An entry's deviation is taken as at least 0.01,
     and normalised values are clipped to +-10.
+
+    Attributes:
+        factor, offset: ``(O,)`` float64, what an observation is multiplied by and what is added then.
     """
 
     def __init__(self, obs_dim: int, device: torch.device | None = None) -> None:
@@ -57,13 +60,13 @@ class ObservationNorm:
         """Derive the scale that is applied."""
         variance = self.deviations / self.count.clamp_min(1)
         std = torch.where(self.count > 1, variance.sqrt().clamp_min(_MIN_STD), torch.ones_like(variance))
-        self._scale = 1 / std
-        self._offset = -self.mean * self._scale
+        self.factor = 1 / std
+        self.offset = -self.mean * self.factor
 
     def __call__(self, obs: Tensor) -> Tensor:
         """Normalise ``(..., O)`` observations; returns float32 of the same shape."""
         # In float64: an entry with a large mean has nothing but rounding left in float32.
-        return torch.addcmul(self._offset, obs, self._scale).float().clamp_(-_CLIP, _CLIP)
+        return torch.addcmul(self.offset, obs, self.factor).float().clamp_(-CLIP, CLIP)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that :meth:`load_state_dict` needs."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from es_flipout.agent import Agent
 from es_flipout.arrangement import local_player, resolve
 from es_flipout.checkpoint import Progress, atomic_write, load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from es_flipout.cluster.classic import ClassicPlayer, ClassicStrategy
 from es_flipout.cluster.pool import WorkersLostError
 from es_flipout.cluster.sharded import ShardedPlayer
 from es_flipout.config import TrainConfig
@@ -68,7 +69,8 @@ class Trainer:
             self.reporter.say(warning)
         self.agent = Agent(config, player.observation_space, player.action_space, player.observation_shape)
         self.row_block = row_block_of(config, self.agent.module)
-        self.strategy = EvolutionStrategy(
+        strategy = ClassicStrategy if config.worker_kind == "classic" else EvolutionStrategy
+        self.strategy = strategy(
             self.agent.module,
             config.population_size,
             config.sigma,
@@ -331,6 +333,8 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
 
 def make_player(config: TrainConfig, say: Callable[[str], None]) -> Player:
     """Who plays the episodes of this run."""
+    if config.backend == "ray" and config.worker_kind == "classic":
+        return ClassicPlayer(config)
     if config.backend == "ray":
         return ShardedPlayer(config)
     return local_player(config, say)

@@ -39,6 +39,7 @@ class Pool:
 
     Attributes:
         replaced: workers that died and were replaced so far.
+        active: workers that are given chunks; None for all.
     """
 
     def __init__(self, connection: Connection, make: Callable[[], Any], count: int, start_s: float = _START_S) -> None:
@@ -57,6 +58,7 @@ class Pool:
         self._make = make
         self._start_s = start_s
         self.replaced = 0
+        self.active: int | None = None
         self._members = [_Member(make()) for _ in range(count)]
         self._starting: dict[Any, tuple[_Member, float]] = {}
         waiting = [member.actor.ready.remote() for member in self._members]
@@ -103,11 +105,12 @@ class Pool:
         calls: dict[Any, tuple[_Member, int]] = {}
         try:
             while len(results) < len(chunks):
-                for member in self._members:
-                    while queue and len(member.at_hand) < _QUEUED:
-                        number = queue.popleft()
-                        member.at_hand.append(number)
-                        calls[give(member.actor, chunks[number])] = member, number
+                for depth in range(1, _QUEUED + 1):  # nobody gets a second one before everybody has one
+                    for member in self._members[: self.active]:
+                        if queue and len(member.at_hand) < depth:
+                            number = queue.popleft()
+                            member.at_hand.append(number)
+                            calls[give(member.actor, chunks[number])] = member, number
                 self._look_for_workers()
                 done, _ = self._ray.wait([*calls, *self._starting], num_returns=1, timeout=_LOOK_S)
                 if should_stop is not None and should_stop():

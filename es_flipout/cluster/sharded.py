@@ -172,7 +172,7 @@ class ShardedPlayer(Player):
         try:
             self.pool = Pool(connection, lambda: actor.remote(*arguments), self.workers)
             for answer in self.pool.answers:
-                _compare_versions(versions(), answer)
+                compare_versions(versions(), answer)
         except BaseException:
             self.close()
             raise
@@ -285,7 +285,7 @@ def _warnings(threads: int, connection: Connection) -> list[str]:
     ]
 
 
-def _compare_versions(here: dict[str, str], there: dict[str, str]) -> None:
+def compare_versions(here: dict[str, str], there: dict[str, str]) -> None:
     """Complain about a worker with other versions: its numbers may differ.
 
     Raises:

@@ -32,7 +32,6 @@ def worker_class() -> type:
         def square(self, number: int) -> int:
             (self.folder / f"{number}.{time.monotonic_ns()}").touch()
             if number in self.deadly:
-                self.deadly = ()
                 mark = self.folder / f"died_{number}"
                 if not mark.exists():
                     mark.touch()

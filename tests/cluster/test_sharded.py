@@ -203,9 +203,9 @@ def test_errors_of_an_environment_come_through() -> None:
 
 def test_other_versions_are_refused() -> None:
     here = {"torch": "2.13.0", "mujoco": "4.0.0", "ray": "1"}
-    sharded._compare_versions(here, {"torch": "2.13.0", "mujoco": "4.0.0"})
+    sharded.compare_versions(here, {"torch": "2.13.0", "mujoco": "4.0.0"})
     with pytest.raises(UserError, match=r"mujoco 3\.9 in place of 4\.0\.0; install the same"):
-        sharded._compare_versions(here, {"torch": "2.13.0", "mujoco": "3.9", "ray": "1"})
+        sharded.compare_versions(here, {"torch": "2.13.0", "mujoco": "3.9", "ray": "1"})
 
 
 @pytest.mark.parametrize("population", [2, 30, 64, 128, 510, 4096])
