@@ -63,7 +63,8 @@ def resolve(config: TrainConfig, say: Callable[[str], None] = _nobody) -> TrainC
     Raises:
         UserError: what was asked for cannot be had here.
     """
-    missing = missing_cuda() if config.device != "cpu" else "device cpu was asked for"
+    only_cpu = config.device == "cpu" or config.worker_kind == "classic"
+    missing = "device cpu was asked for" if only_cpu else missing_cuda()
     if missing is not None:
         if config.device == "cuda":
             raise UserError(f"device cuda was asked for, but {missing}; use --device cpu")

@@ -345,7 +345,7 @@ def _config(options: CompareBench) -> tuple[TrainConfig, Mapping[str, Any] | Non
     agent, config = load_agent(options.run_dir)
     if config.env_id != options.env_id:
         raise UserError(f"{options.run_dir} is a run of {config.env_id}, not of {options.env_id}")
-    here: dict[str, Any] = {"backend": "local", "worker_kind": "engine", "workers": None}
+    here: dict[str, Any] = {"backend": "local", "worker_kind": "engine", "workers": None, "physics": "auto"}
     config = dataclasses.replace(config, **common, **here)
     norm = agent.norm.state_dict() if isinstance(agent.norm, ObservationNorm) else None
     return config, {"module": agent.module.state_dict(), "norm": norm}

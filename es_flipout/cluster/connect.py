@@ -51,6 +51,8 @@ class Connection:
         """
         self.ray = ray = import_ray()
         self._is_ours = not ray.is_initialized()
+        if address is not None:
+            _knock(address)
         if self._is_ours:
             quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             if address is None:
@@ -61,7 +63,6 @@ class Connection:
                     **quiet,
                 )
             else:
-                _knock(address)
                 try:
                     ray.init(address=address, **quiet)
                 except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
