@@ -283,6 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = sys.modules.get("es_flipout.envs.base")
         if base and isinstance(error, (base.UnsupportedEnvironmentError, base.EnvironmentFailureError)):
             return _fail(error)
+        torch = sys.modules.get("torch")
+        if torch and isinstance(error, torch.OutOfMemoryError):
+            return _fail(UserError("the GPU has too little memory for this; es-flipout plan shows what a run needs"))
         raise
 
 

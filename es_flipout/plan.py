@@ -19,6 +19,7 @@ from es_flipout.config import TrainConfig
 from es_flipout.device_rollout import DeviceRollout
 from es_flipout.envs import BatchEnv, make_env, native_env_ids
 from es_flipout.envs.make import NAMESPACE
+from es_flipout.envs.observed import ObservedBatchEnv
 from es_flipout.errors import UserError
 from es_flipout.memory import stored_bytes
 from es_flipout.perturbations import family_of
@@ -188,7 +189,7 @@ class _Model:
         config = self._config
         backend = native_env_ids().get(config.env_id.removeprefix(NAMESPACE))
         if self._on_gpu and backend == "mujoco" and self._device.type == "cpu":
-            return warp_env(config, slots)
+            return _warp_env(config, slots)
         kwargs = config.parsed_env_kwargs()
         return make_env(config.env_id, slots, self._device, threads=1, observed=config.observed, **kwargs)
 
@@ -251,6 +252,12 @@ class _Model:
         return fits
 
 
-def warp_env(config: TrainConfig, slots: int) -> BatchEnv:
+def _warp_env(config: TrainConfig, slots: int) -> BatchEnv:
     """MuJoCo for the GPU on the CPU, to count what it stores where there is no GPU."""
-    raise UserError("MuJoCo on the GPU cannot be planned without a GPU in this version")
+    try:
+        from es_flipout.envs.mujoco_gpu import make_warp_env
+    except ImportError as error:
+        needed = "pip install 'es-flipout[gpu]'"
+        raise UserError(f"{config.env_id} on the GPU needs mujoco-warp: {needed} ({error})") from None
+    env = make_warp_env(config.env_id.removeprefix(NAMESPACE), slots, "cpu", **config.parsed_env_kwargs())
+    return env if config.observed is None else ObservedBatchEnv(env, config.observed)
