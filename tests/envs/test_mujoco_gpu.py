@@ -11,10 +11,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from es_flipout.device_rollout import DeviceRollout
 from es_flipout.envs import UnsupportedEnvironmentError, make_env
 from es_flipout.envs.mujoco_cpu import MujocoBatchEnv
 from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
 from es_flipout.envs.native import build_task
+from es_flipout.observation_norm import Identity
+from es_flipout.policies import MLP, ActionMap
+from es_flipout.rollout import run
+from es_flipout.strategy import EvolutionStrategy
 from tests.envs.oracle import random_action
 
 wp = pytest.importorskip("warp")
@@ -242,6 +247,22 @@ def test_overflow_is_counted(sizes: Sizes) -> None:
         env.step(torch.ones(4, 6))
     assert 1 <= env.overflow() <= 4
     assert env.overflow() == 0
+
+
+def test_the_rollout_without_the_host_is_that_with_it() -> None:
+    """More episodes than slots, so that slots are restarted beside others that go on."""
+    kwargs = {"frame_skip": 1, "healthy_z_range": (0.7, 1.0)}  # some end soon
+    env, other = (make_warp_env("Ant-v5", 4, "cpu", **kwargs) for _ in range(2))
+    module = MLP(env.observation_space.shape[0], 8, (8,))
+    population = EvolutionStrategy(module, population_size=10, sigma=0.3).ask()
+    seeds, norm, actions = torch.arange(10)[:, None], Identity(), ActionMap(env.action_space)
+    rollout = DeviceRollout(env, population, 1, norm, actions, 0, 4, captured=False)  # pyright: ignore[reportArgumentType]
+    got = rollout.play(population, norm, seeds, 6)
+    expected = run(population, other, seeds=seeds, max_episode_steps=6)
+    assert torch.equal(got.returns, expected.returns)
+    assert torch.equal(got.lengths, expected.lengths)
+    assert got.lengths.min() < 4
+    assert got.lengths.max() == 6
 
 
 def test_returned_tensors_are_not_overwritten() -> None:
