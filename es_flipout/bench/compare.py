@@ -3,6 +3,7 @@
 - ``classic_1 ... classic_n``: OpenAI-ES with ``n`` Ray workers, one core and one Gymnasium environment each
   (:mod:`es_flipout.cluster.classic`).
 - ``engine_cpu``, ``engine_cuda``: this engine on all cores of this machine, and on its GPU where there is one.
+- ``engine_ray``: this engine on Ray, a worker with one thread for each core of this machine.
 
 All play generations of the same population size around the same mean policy (untrained, or that of a run) with the same
 network, in :meth:`Trainer.generation` as ``es-flipout train`` runs it (ask, play, tell; no scoring), with a learning rate so
@@ -37,6 +38,7 @@ from torch import Tensor
 from es_flipout.bench.timing import Measure, SideBySide, Spread, interleave, report, timed
 from es_flipout.cluster.classic import ClassicPlayer
 from es_flipout.cluster.connect import import_ray
+from es_flipout.cluster.sharded import ShardedPlayer
 from es_flipout.config import TrainConfig
 from es_flipout.envs import BatchEnv
 from es_flipout.envs.mujoco_cpu import usable_cores
@@ -298,6 +300,14 @@ def run(options: CompareBench, console: Console) -> dict[str, Any]:
             for device in options.device_names():
                 engine = _trainer(config, load, trainers, device=device)
                 contenders.append(_Contender(f"engine_{device}", engine, usable_cores()))
+                if device == "cpu":
+                    engine = _trainer(config, load, trainers, device=device)
+                    engine.player.close()
+                    engine.player = ShardedPlayer(
+                        dataclasses.replace(engine.config, backend="ray", workers=usable_cores(), threads=1, **address),
+                        reserve_cores=False,  # those that wait for their turn cost nothing
+                    )
+                    contenders.append(_Contender("engine_ray", engine, usable_cores()))
         with console.status(f"{options.env_id}: {options.rounds} rounds and a warm-up"):
             measures = {each.name: each.measure(options.seconds) for each in contenders}
             timings = interleave(measures, options.rounds)

@@ -148,11 +148,12 @@ class ShardedPlayer(Player):
         warnings: what the user should know of the arrangement.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, reserve_cores: bool = True) -> None:
         """Connect and start the workers.
 
         Args:
             config: of the run.
+            reserve_cores: whether Ray shall keep the cores for these workers; else they may share them with others.
 
         Raises:
             UserError: no Ray, no cluster, no worker, or workers with other versions than here.
@@ -165,7 +166,7 @@ class ShardedPlayer(Player):
         self.warnings = _warnings(self.workers * self.threads, connection)
         self.share = _share_size(config.population_size, self.workers)
         # More workers than cores share them.
-        cores = min(self.threads, max(connection.cores / self.workers, 0.01))
+        cores = min(self.threads, max(connection.cores / self.workers, 0.01)) if reserve_cores else 0
         gpus = 1 if config.device == "cuda" else 0
         actor = connection.ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0)(ShardWorker)
         arguments = (config, self.share, self.threads)

@@ -125,13 +125,15 @@ def test_compare(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     results = written["results"]["compare"]
     assert results == json.loads(json.dumps(returned["results"]["compare"]))
     points = results["contenders"]
-    assert list(points) == ["classic_1", "classic_2", "classic_3", "engine_cpu"]
+    assert list(points) == ["classic_1", "classic_2", "classic_3", "engine_cpu", "engine_ray"]
     for point in points.values():
         assert len(point["steps_per_s_by_round"]) == 2
         assert point["mean_length"] > 1
+        assert point["split"]["update"] > 0
+    for point in [point for name, point in points.items() if name != "engine_ray"]:
         assert sum(point["split"].values()) == pytest.approx(1)
         assert point["split"]["physics"] > 0
-        assert point["split"]["update"] > 0
+    assert points["engine_ray"]["split"]["physics"] is None  # the workers do not tell
     # Three workers on two cores are measured, but say nothing of a core.
     assert results["scaling"]["workers"] == [1, 2]
     assert "3 classic workers share 2 cores" in results["warnings"][0]
