@@ -19,6 +19,7 @@ from es_flipout.kernels.tiles import (
     activated_torch,
     block,
     bucket,
+    ceil_div,
     config,
     flipped,
     in_memory,
@@ -86,7 +87,7 @@ def linear(
     bias, noise = (layer.bias, layer.bias_noise) if bias_rows is None else (None, None)
 
     def grid(sizes: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(size_out, sizes["BLOCK_N"])
+        return ceil_div(rows, sizes["BLOCK_M"]), ceil_div(size_out, sizes["BLOCK_N"])
 
     with on_device(x):
         _linear.launch(

@@ -18,6 +18,7 @@ from es_flipout.kernels.tiles import (
     activated,
     block,
     bucket,
+    ceil_div,
     config,
     flipped,
     in_memory,
@@ -74,7 +75,7 @@ def mlp(
         kept = torch.empty(programs * 2 * _MOST_ROWS * widest, dtype=kept_dtype, device=x.device)
 
     def grid(blocks: dict[str, int]) -> tuple[int]:
-        tiles = triton.cdiv(len(x), blocks["BLOCK_M"])
+        tiles = ceil_div(len(x), blocks["BLOCK_M"])
         return (tiles if in_registers else min(tiles, programs),)
 
     with on_device(x):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es_flipout.kernels.tiles import block, flipped, on_device
+from es_flipout.kernels.tiles import block, ceil_div, flipped, on_device
 from es_flipout.randomness import Address, Stream, packed_signs, unpacked_signs
 
 _ROUNDS = tl.constexpr(10)
@@ -27,7 +27,7 @@ def sign_words(address: Address, stream: Stream, members: Tensor, count: int) ->
     if len(out):
         blocks = len(members) * -(-width // 4)
         with on_device(out):
-            _words_kernel[(triton.cdiv(blocks, _BLOCKS),)](
+            _words_kernel[(ceil_div(blocks, _BLOCKS),)](
                 members.contiguous(), out, len(members), width, (address.layer << 8) | stream,
                 address.generation, address.seed & 0xFFFFFFFF, address.seed >> 32, BLOCK=_BLOCKS,
             )  # fmt: skip
@@ -92,7 +92,7 @@ def signed(
     if n and size:
         cols = block(size, 1024)
         with on_device(out):
-            _signed_kernel[(n, triton.cdiv(size, cols))](
+            _signed_kernel[(n, ceil_div(size, cols))](
                 x.contiguous(), words, members, plus if plus is None else plus.contiguous(), out, size, words.shape[1],
                 1.0 if scale is None else scale, ANTITHETIC=share == 2 and scale is not None, SHARE=share, BLOCK=cols,
             )  # fmt: skip

@@ -156,14 +156,19 @@ class Tuned:
         self._tuners[names][grid](*args, **constants)
 
 
+def ceil_div(number: int, by: int) -> int:
+    """Rounded up."""
+    return -(-number // by)
+
+
 def block(size: int, most: int) -> int:
     """The smallest power of two that holds ``size``, in [16, ``most``]: products need at least 16."""
-    return max(16, min(most, triton.next_power_of_2(size)))
+    return max(16, min(most, bucket(size)))
 
 
 def bucket(rows: int) -> int:
-    """Numbers of rows that are tuned together."""
-    return triton.next_power_of_2(rows)
+    """Numbers of rows that are tuned together: up to the next power of two."""
+    return 1 << max(rows - 1, 0).bit_length()
 
 
 def in_memory(number: float | Tensor) -> tuple[float, Tensor | None]:

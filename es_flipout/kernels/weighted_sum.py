@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from es_flipout.kernels import interpreted
-from es_flipout.kernels.tiles import Tuned, block, config, flipped, on_device
+from es_flipout.kernels.tiles import Tuned, block, ceil_div, config, flipped, on_device
 from es_flipout.randomness import unpacked_signs
 
 _LEAST_SOURCES = 512  # of one partial sum
@@ -34,13 +34,13 @@ def weighted_sum(v: Tensor, r: Tensor, s: Tensor, size_out: int, size_in: int) -
         ``(out, in)`` float32.
     """
     n = len(v)
-    parts = max(1, min(triton.cdiv(n, _LEAST_SOURCES), _MOST_NUMBERS // (size_out * size_in)))
-    length = triton.cdiv(triton.cdiv(n, parts), 32) * 32
-    parts = max(1, triton.cdiv(n, length)) if n else 1
+    parts = max(1, min(ceil_div(n, _LEAST_SOURCES), _MOST_NUMBERS // (size_out * size_in)))
+    length = ceil_div(ceil_div(n, parts), 32) * 32
+    parts = max(1, ceil_div(n, length)) if n else 1
     sums = torch.empty(parts, size_out, size_in, dtype=torch.float32, device=v.device)
 
     def grid(sizes: dict[str, int]) -> tuple[int, int, int]:
-        return triton.cdiv(size_out, sizes["BLOCK_OUT"]), triton.cdiv(size_in, sizes["BLOCK_IN"]), parts
+        return ceil_div(size_out, sizes["BLOCK_OUT"]), ceil_div(size_in, sizes["BLOCK_IN"]), parts
 
     with on_device(v):
         _weighted_sum.launch(
