@@ -25,6 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--env-ids", nargs="+", default=["HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "CartPole-v1"])
+    parser.add_argument(
+        "--episode-steps", type=int, help="end episodes after so many steps (HalfCheetah's never end before)"
+    )
     parser.add_argument("--run-dirs", nargs="+", type=Path, default=[])
     parser.add_argument("--workers", help="numbers of classic workers, for instance 1,2")
     parser.add_argument("--devices", help="cpu,cuda")
@@ -56,7 +59,8 @@ def measure(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     names = ("workers", "devices", "population_size", "rounds", "seconds", "price_core_hour", "price_gpu_hour")
     common = {name: getattr(options, name) for name in names}
-    plans = [compare.CompareBench(env_id=env_id, out=out, **common) for env_id in options.env_ids]
+    kwargs = json.dumps({} if options.episode_steps is None else {"max_episode_steps": options.episode_steps})
+    plans = [compare.CompareBench(env_id=env_id, env_kwargs=kwargs, out=out, **common) for env_id in options.env_ids]
     plans += [
         compare.CompareBench(env_id=read_config(run_dir).env_id, run_dir=run_dir, out=out, **common)
         for run_dir in options.run_dirs
@@ -64,7 +68,9 @@ def measure(options: argparse.Namespace) -> None:
     for plan in plans:
         compare.run(plan, Console())
     written = [plan.file_name() for plan in plans]
-    (out / "config.json").write_text(json.dumps(common | {"written": written}, indent=2) + "\n")
+    (out / "config.json").write_text(
+        json.dumps(common | {"episode_steps": options.episode_steps, "written": written}, indent=2) + "\n"
+    )
     write_environment(out)
 
 
