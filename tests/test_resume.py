@@ -171,8 +171,8 @@ def train_whole(config: TrainConfig, run_dir: Path) -> None:
     ("env_id", "optimizer", "interruptions"),
     [
         ("CartPole-v1", "adam", [signal.SIGINT, signal.SIGKILL]),
-        ("CartPole-v1", "clipup", [signal.SIGKILL]),
-        ("Hopper-v5", "adam", [signal.SIGKILL]),
+        pytest.param("CartPole-v1", "clipup", [signal.SIGKILL], marks=pytest.mark.slow),
+        pytest.param("Hopper-v5", "adam", [signal.SIGKILL], marks=pytest.mark.slow),
         ("Hopper-v5", "clipup", [signal.SIGKILL, signal.SIGTERM]),
     ],
 )

@@ -150,6 +150,7 @@ def test_compare(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert word in text.getvalue()
 
 
+@pytest.mark.slow
 def test_compare_plays_around_the_policy_of_a_run(ray: Any, tmp_path: Path) -> None:
     config = TrainConfig(env_id="CartPole-v1", generations=1, policy="linear", observation_norm=False, sigma=0.02)
     trainer = Trainer(config, tmp_path / "run")
