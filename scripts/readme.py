@@ -1,7 +1,7 @@
-"""Copy the generated tables of results/ into README.md, between their markers.
+"""Copy the generated tables of results/ into README.md and docs/, between their markers.
 
-python scripts/readme.py            # rewrite README.md
-python scripts/readme.py --check    # exit 1 if it would change
+python scripts/readme.py            # rewrite them
+python scripts/readme.py --check    # exit 1 if one would change
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "scaling.md")
 _BLOCK = re.compile(r"(<!-- begin (?P<path>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -21,15 +22,15 @@ def filled(readme: str) -> str:
 
 
 def main() -> int:
-    """Rewrite README.md, or check that it needs no rewriting."""
+    """Rewrite the pages, or check that they need no rewriting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = filled(before)
+    before = [page.read_text(encoding="utf-8") for page in PAGES]
+    after = [filled(text) for text in before]
     if not check:
-        path.write_text(after, encoding="utf-8")
+        for page, text in zip(PAGES, after, strict=True):
+            page.write_text(text, encoding="utf-8")
     return int(check and before != after)
 
 
