@@ -314,7 +314,7 @@ def run(options: CompareBench, console: Console) -> dict[str, Any]:
         with console.status("where the time goes"):
             splits = {each.name: each.split() for each in contenders}
     finally:
-        for trainer in trainers:
+        for trainer in reversed(trainers):  # the first one started Ray
             trainer.close()
     player = classic.player
     assert isinstance(player, ClassicPlayer)

@@ -191,7 +191,8 @@ class Pool:
             member.at_hand.clear()
 
     def _end(self, member: _Member) -> None:
-        self._ray.kill(member.actor)
+        if self._ray.is_initialized():  # else somebody has ended Ray, and all its workers
+            self._ray.kill(member.actor)
 
     def _why(self, error: Exception) -> Exception:
         """What a worker's own code raised."""
