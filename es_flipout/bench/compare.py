@@ -328,7 +328,9 @@ def run(options: CompareBench, console: Console) -> dict[str, Any]:
     path = None
     if options.out is not None:
         path = options.out / options.file_name()
-    whole = report("bench compare", asdict(options), {"compare": results}, path)
+    # Where the run lies is nobody else's business.
+    named = asdict(options) | {"run_dir": None if options.run_dir is None else options.run_dir.name}
+    whole = report("bench compare", named, {"compare": results}, path)
     if path is not None:
         plot(results, path.with_suffix(".png"))
     return whole
