@@ -190,6 +190,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="short episodes, few members; the numbers mean nothing")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[task.env_id for task in TASKS], default=[task.env_id for task in TASKS]
+    )
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="of the check")
     parser.add_argument("--node-cores", type=int, default=16, help="cores of a node (assumed)")
     parser.add_argument("--gbit", type=float, default=10.0, help="network of the machine that trains (assumed)")
@@ -213,7 +216,11 @@ def measure_all(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    tasks = [dataclasses.replace(task, episode_steps=20 if options.quick else 200) for task in TASKS]
+    tasks = [
+        dataclasses.replace(task, episode_steps=20 if options.quick else 200)
+        for task in TASKS
+        if task.env_id in options.tasks
+    ]
     if options.quick:
         tasks = tasks[:1]
     constants = {task.env_id: dataclasses.asdict(measure(task, options.quick)) for task in tasks}
