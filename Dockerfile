@@ -15,7 +15,7 @@ WORKDIR /src
 COPY constraints.txt ./
 # torch comes first and alone: it is most of the image and changes least, and nothing installed later brings another build.
 ARG TORCH_INDEX=
-RUN pip install --constraint constraints.txt torch ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+RUN if [ -n "$TORCH_INDEX" ]; then export PIP_EXTRA_INDEX_URL="$TORCH_INDEX"; fi; pip install --constraint constraints.txt torch
 COPY . ./
 ARG EXTRAS=ray,gpu,pixels
 RUN pip install --constraint constraints.txt ".[$EXTRAS]"
