@@ -30,7 +30,7 @@ check: $(INSTALLED) ## style, format, types and the one-way order of imports
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/pyright
-	@$(BIN)/python -m pytest -q tests/test_layering.py
+	@said=$$($(BIN)/lint-imports --no-logo --no-cache) || { echo "$$said"; exit 1; }
 
 bench: $(INSTALLED) ## speed of rollouts and of the population forward on this machine
 	@$(BIN)/es-flipout bench rollout $(ARGS)

@@ -136,21 +136,21 @@ class Acrobot(TorchTask):
         return torch.stack((theta1, theta2, speed1, speed2, *shown)), reward, terminated
 
     def _derivative(self, state: Tensor, torque: Tensor) -> Tensor:
-        """Time derivative of the state, ``(4, S)``; masses, lengths and moments of inertia are 1, centres at 1/2."""
-        centre, g = 0.5, 9.8
+        """Time derivative of the state, ``(4, S)``; masses, lengths and moments of inertia are 1, centers at 1/2."""
+        center, g = 0.5, 9.8
         theta1, theta2, speed1, speed2 = state.unbind()
         cosine, sine = theta2.cos(), theta2.sin()
-        d1 = centre**2 + (1.0 + centre**2 + 2 * centre * cosine) + 1.0 + 1.0
-        d2 = (centre**2 + centre * cosine) + 1.0
-        phi2 = centre * g * (theta1 + theta2 - math.pi / 2.0).cos()
+        d1 = center**2 + (1.0 + center**2 + 2 * center * cosine) + 1.0 + 1.0
+        d2 = (center**2 + center * cosine) + 1.0
+        phi2 = center * g * (theta1 + theta2 - math.pi / 2.0).cos()
         phi1 = (
-            -centre * speed2.square() * sine
-            - 2 * centre * speed2 * speed1 * sine
-            + (centre + 1.0) * g * (theta1 - math.pi / 2).cos()
+            -center * speed2.square() * sine
+            - 2 * center * speed2 * speed1 * sine
+            + (center + 1.0) * g * (theta1 - math.pi / 2).cos()
             + phi2
         )
-        acceleration2 = (torque + d2 / d1 * phi1 - centre * speed1.square() * sine - phi2) / (
-            centre**2 + 1.0 - d2.square() / d1
+        acceleration2 = (torque + d2 / d1 * phi1 - center * speed1.square() * sine - phi2) / (
+            center**2 + 1.0 - d2.square() / d1
         )
         return torch.stack((speed1, speed2, -(d2 * acceleration2 + phi1) / d1, acceleration2))
 

@@ -66,6 +66,10 @@ class MujocoBatchEnv(NativeBatchEnv):
 
     A slot whose state or reward stops being finite (MuJoCo counts a warning and resets it) terminates with reward 0 and
     shows the model's reference state until it is reset. The tensors that :meth:`step` and :meth:`reset` return are the caller's.
+
+    Attributes:
+        batch: the simulations, for instance to measure bare physics.
+        frame_skip: physics steps of one control step.
     """
 
     def __init__(
@@ -93,15 +97,15 @@ class MujocoBatchEnv(NativeBatchEnv):
         threads = min(threads or usable_cores(), num_envs)
         derived = task.derived_fields()
         batch_class = ContactForceBatch if "cfrc_ext" in derived else Batch
-        self._batch = batch_class(model, num_envs, nthread=threads)
-        self._task = task
+        self.batch = batch_class(model, num_envs, nthread=threads)
+        self._task, self.frame_skip = task, task.frame_skip
         self._model = model_facts(model)
         self._fields: dict[str, NDArray[np.float64]] = {
-            name: self._batch.bind(name) for name in ("qpos", "qvel", "ctrl", *derived)
+            name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *derived)
         }
         self._elapsed = np.zeros(num_envs, np.int64)
         self._no_slot = torch.zeros(num_envs, dtype=torch.bool)
-        self._batch.reset()
+        self.batch.reset()
         observation_shape = self._observe().shape[1:]
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, observation_shape, np.float64)
         self.action_space = action_space(model)
@@ -117,10 +121,10 @@ class MujocoBatchEnv(NativeBatchEnv):
         """See :meth:`NativeBatchEnv.restart`."""
         if len(rows):
             qpos, qvel = np.split(starts, [self._model.qpos0.size], axis=1)
-            self._batch.reset(rows, stage=_STAGE_NONE)
+            self.batch.reset(rows, stage=_STAGE_NONE)
             self._fields["qpos"][rows] = qpos
             self._fields["qvel"][rows] = qvel
-            self._batch.forward(rows)
+            self.batch.forward(rows)
             self._elapsed[rows] = 0
         return torch.from_numpy(self._observe())
 
@@ -134,7 +138,7 @@ class MujocoBatchEnv(NativeBatchEnv):
         before = task.before(np, model, fields).copy()
         fields["ctrl"][...] = actions
         try:
-            self._batch.step(None if frozen is None else mask, nstep=task.frame_skip)
+            self.batch.step(None if frozen is None else mask, nstep=self.frame_skip)
         except SimulationError as error:
             raise EnvironmentFailureError(f"{self.env_id}: {error}") from error
         observation = self._observe()
@@ -145,7 +149,7 @@ class MujocoBatchEnv(NativeBatchEnv):
             reward[frozen] = 0.0
             terminated[frozen] = False
         # the sum tells whether any number of the whole batch is not finite
-        if np.count_nonzero(self._batch.warning) or not math.isfinite(observation.sum() + reward.sum()):
+        if np.count_nonzero(self.batch.warning) or not math.isfinite(observation.sum() + reward.sum()):
             observation = self._contain(observation, reward, terminated, frozen)
         else:
             self.diverged = self._no_slot
@@ -187,12 +191,12 @@ class MujocoBatchEnv(NativeBatchEnv):
         frozen: NDArray[np.bool_] | None,
     ) -> NDArray[np.float64]:
         """End the slots that are not finite or that MuJoCo had to reset: change the flags, give new observations."""
-        warned = self._batch.warning[:, _BAD_STATE, 1].any(1)
+        warned = self.batch.warning[:, _BAD_STATE, 1].any(1)
         bad = warned | ~np.isfinite(observation).all(1) | ~np.isfinite(reward)
         if frozen is not None:
             bad &= ~frozen
         self.diverged = torch.from_numpy(bad)
-        self._batch.reset(np.flatnonzero(bad))
+        self.batch.reset(np.flatnonzero(bad))
         reward[bad] = 0.0
         terminated[bad] = True
         return self._observe()

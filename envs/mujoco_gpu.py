@@ -141,7 +141,7 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
 
     def begin_step(self, action: Tensor, live: Tensor | None = None) -> None:
         """The first part of :meth:`step`: take in the actions and park the frozen slots."""
-        controls = self._fields["ctrl"]
+        controls = self.controls
         if action.shape != controls.shape:
             expected, got = tuple(controls.shape), tuple(action.shape)
             raise ValueError(f"{self.env_id}: actions must have shape {expected}, got {got}")
@@ -154,6 +154,11 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         self._before.copy_(self._task.before(torch, self._model, self._fields))
         self._sound.copy_((action.abs() <= _LARGEST).all(1))
         controls.copy_(torch.where((self._sound & self._live)[:, None], action, 0.0))
+
+    @property
+    def controls(self) -> Tensor:
+        """What the next :meth:`run_physics` applies, ``(S, A)`` float32; write to it in place only."""
+        return self._fields["ctrl"]
 
     def run_physics(self) -> None:
         """The second part of :meth:`step`."""

@@ -380,7 +380,7 @@ class Humanoid(_HumanoidBody):
         return self.healthy_reward
 
     def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
-        """The x coordinate of the centre of mass; summed one body after the other, as Gymnasium's einsum does."""
+        """The x coordinate of the center of mass; summed one body after the other, as Gymnasium's einsum does."""
         return xp.cumsum(d["xipos"][:, :, 0] * model.body_mass, 1)[:, -1] / model.body_mass.sum()
 
     @override

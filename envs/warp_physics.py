@@ -15,7 +15,7 @@ from torch import Tensor
 
 from es_flipout.envs.base import UnsupportedEnvironmentError
 
-# Before mujoco_warp, which may initialise warp: by default that greets on stdout and warns where there is no driver.
+# Before mujoco_warp, which may initialize warp: by default that greets on stdout and warns where there is no driver.
 if wp.config.log_level == wp.LOG_INFO:
     wp.config.log_level = wp.LOG_ERROR
 

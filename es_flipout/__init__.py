@@ -6,20 +6,21 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# Without this, MKL rounds a row of a product differently depending on its place in memory, and so on the member's slot.
-# MKL reads it at its first call, so it is set before anything of ours computes; a value that the user set stays.
+# Without this, MKL may round a row of a product differently depending on its memory alignment, and so on the member's slot.
+# MKL reads the variable at its first call, so it is set before anything is computed; a value set by the user is kept.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-# torch takes seconds to import, so names are looked up on first use.
+# Importing torch takes seconds, so names are imported on first use.
 _HOME = {
-    "EvolutionStrategy": "es_flipout.strategy",
-    "Population": "es_flipout.population",
-    "centered_ranks": "es_flipout.shaping",
+    "EvolutionStrategy": "es_flipout.strategy.evolution_strategy",
+    "Population": "es_flipout.strategy.population",
+    "centered_ranks": "es_flipout.strategy.shaping",
     "make_env": "es_flipout.envs",
-    "run": "es_flipout.rollout",
-    "Rollout": "es_flipout.rollout",
+    "run": "es_flipout.rollout.host",
+    "Rollout": "es_flipout.rollout.episodes",
+    "Episodes": "es_flipout.rollout.episodes",
     "Flipout": "es_flipout.perturbations",
     "LowRank": "es_flipout.perturbations",
     "Dense": "es_flipout.perturbations",
@@ -38,11 +39,12 @@ if TYPE_CHECKING:
     from es_flipout.perturbations import Dense as Dense
     from es_flipout.perturbations import Flipout as Flipout
     from es_flipout.perturbations import LowRank as LowRank
-    from es_flipout.population import Population as Population
-    from es_flipout.rollout import Rollout as Rollout
-    from es_flipout.rollout import run as run
-    from es_flipout.shaping import centered_ranks as centered_ranks
-    from es_flipout.strategy import EvolutionStrategy as EvolutionStrategy
+    from es_flipout.rollout.episodes import Episodes as Episodes
+    from es_flipout.rollout.episodes import Rollout as Rollout
+    from es_flipout.rollout.host import run as run
+    from es_flipout.strategy.evolution_strategy import EvolutionStrategy as EvolutionStrategy
+    from es_flipout.strategy.population import Population as Population
+    from es_flipout.strategy.shaping import centered_ranks as centered_ranks
 
 
 def __getattr__(name: str) -> Any:

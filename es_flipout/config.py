@@ -1,238 +1,50 @@
-"""The configuration of a training run: one frozen dataclass, checked when made. Imports no torch."""
+"""The configuration of a training run: frozen dataclasses by subject, validated on creation. Does not import torch.
+
+Every option has a unique flat name, which is its flag on the command line and its keyword argument in
+:meth:`TrainConfig.of` and :meth:`TrainConfig.replace`; the dataclasses and ``config.json`` group options by subject.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+import es_flipout
 from es_flipout.errors import UserError
 
 _NOT_ENV_KWARGS = frozenset({"env_id", "id", "num_envs", "threads", "device", "vectorization_mode", "observed"})
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that determines a training run."""
+def _check_choices(section: Any) -> None:
+    for name, hint in typing.get_type_hints(type(section)).items():
+        if typing.get_origin(hint) is Literal:
+            choices, value = typing.get_args(hint), getattr(section, name)
+            _require(value in choices, "policy" if name == "kind" else name, f"one of {', '.join(choices)}", value)
 
-    env_id: Annotated[str, tyro.conf.arg(metavar="ENV_ID")]
-    """Gymnasium id of the environment."""
-    env_kwargs: str = "{}"
-    """Keyword arguments of gymnasium.make, as a JSON object."""
-    seed: int = 0
-    """All randomness of the run follows from it."""
 
-    generations: int | None = None
-    """Stop after this many generations."""
-    env_steps: int | None = None
-    """Stop after the generation that reaches this many environment steps."""
+def _at_least_one(section: Any, *names: str) -> None:
+    for name in names:
+        _require(getattr(section, name) >= 1, name, "at least 1", getattr(section, name))
 
-    population_size: int = 128
-    """Members of a generation."""
-    episodes: int = 1
-    """Episodes that every member plays in a generation."""
-    sigma: float = 0.03
-    """Standard deviation of the perturbations."""
-    sigma_final: float | None = None
-    """Sigma at the end of the run, reached linearly; by default sigma stays."""
-    perturbation: Literal["flipout", "low_rank", "dense"] = "flipout"
-    """Perturbation family."""
-    base: Literal["rademacher", "gaussian"] = "rademacher"
-    """Entries of flipout's base matrices."""
-    bases: int = 1
-    """Base matrices for each layer (flipout)."""
-    rank: int = 1
-    """Rank of each member's perturbation (low_rank)."""
-    antithetic: bool = True
-    """Evaluate every perturbation together with its negative."""
 
-    optimizer: Literal["adam", "sgd", "clipup"] = "adam"
-    """Optimiser of the mean weights."""
-    learning_rate: float = 0.02
-    """Step size."""
-    learning_rate_final: float | None = None
-    """Step size at the end of the run, reached linearly; by default it stays."""
-    momentum: float = 0.9
-    """Momentum of the optimiser (beta1 of Adam)."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay: each step shrinks the weights by learning rate times this."""
+def _at_least_one_or_none(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value is None or value >= 1, name, "at least 1", value)
 
-    policy: Literal["mlp", "linear", "recurrent", "convnet"] = "mlp"
-    """Kind of policy network."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Hidden layer sizes (of a recurrent policy: of its recurrent layers)."""
-    activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "tanh"
-    """Activation of the hidden layers (a recurrent policy has its own)."""
-    cell: Literal["gru", "lstm"] = "gru"
-    """Cell of a recurrent policy."""
-    channels: tuple[int, ...] = (16, 32)
-    """Channels of a convolutional policy's layers, each of stride 2."""
-    output_gain: float = 0.1
-    """Scale of the network's last layer at the start."""
-    squash: Literal["clip", "tanh"] = "clip"
-    """How outputs are brought into a bounded action space."""
 
-    observed: tuple[int, ...] | None = None
-    """Entries of the observation that the policy sees, for instance 0 2; by default all."""
-    observation_norm: bool = True
-    """Normalise observations by their running mean and standard deviation (images: by the bounds of their space)."""
-    remove_alive_bonus: bool = True
-    """Leave the bonus for merely being alive out of what is trained on (returns that are reported keep it)."""
-    start_states: Literal["pair", "generation"] = "pair"
-    """Who shares start states: antithetic partners, or all members of a generation."""
-    episode_cap: int | None = None
-    """End training episodes after this many steps at the start of the run; the cap grows to the environment's limit."""
-    episode_cap_until: float = 0.5
-    """Fraction of the run after which the cap is gone."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where policies are computed; auto measures what is faster, where there is a GPU."""
-    physics: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where environments are stepped; auto follows the device where there is an implementation for it."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Fused Triton kernels or plain torch for the policies; auto takes Triton on CUDA."""
-    precision: Literal["ieee", "tf32x3", "tf32", "bf16"] = "ieee"
-    """Precision of the products in the Triton kernels; sums are always float32."""
-    backend: Literal["local", "ray"] = "local"
-    """One machine, or a Ray cluster."""
-    worker_kind: Literal["engine", "classic"] = "engine"
-    """What a Ray worker does: this engine on a share of the population, or one policy at a time in one environment."""
-    workers: int | None = None
-    """Ray workers; by default one for each core, or fewer with more threads where the population is small."""
-    ray_address: str | None = None
-    """Ray cluster to join (host:port, ray://host:port or auto); by default Ray is started on this machine."""
-    threads: int | None = None
-    """Physics threads (of each worker); by default one for each core."""
-    overlap: bool | None = None
-    """Let the physics of one half of the environments run while the policy serves the other (MuJoCo on the CPU); by
-    default where there are more than two cores."""
-    slots: int | None = None
-    """Environments stepped side by side; by default enough for the population, up to 1024."""
-    row_block: int | None = None
-    """Rows of one policy computation; by default one for each slot, up to 1024 (fewer for wide layers)."""
-
-    score_every: int = 10
-    """Generations between two scorings of the mean policy."""
-    score_episodes: int = 16
-    """Episodes of each scoring during training."""
-    evaluation_episodes: int = 100
-    """Episodes of the final score, in the real single Gymnasium environment."""
-    checkpoint_every: int = 10
-    """Generations between two checkpoints."""
-    keep_checkpoints: int = 3
-    """Checkpoints that are kept."""
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            UserError: a value is out of range; the message names it and says what would be right.
-        """
-        for name in ("sigma", "learning_rate"):
-            value, final = getattr(self, name), getattr(self, f"{name}_final")
-            _require(math.isfinite(value) and value > 0, name, "greater than 0", value)
-            if final is not None:
-                _require(math.isfinite(final) and final >= 0, f"{name}_final", "0 or greater", final)
-        if self.sigma_final is not None:
-            _require(self.sigma_final > 0, "sigma_final", "greater than 0", self.sigma_final)
-        for name, hint in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(hint) is Literal:
-                choices = typing.get_args(hint)
-                _require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))
-        positive = ("episodes", "bases", "rank", "score_every", "score_episodes", "evaluation_episodes")
-        for name in (*positive, "checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("generations", "env_steps", "workers", "threads", "slots", "row_block", "episode_cap"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", value)
-        if self.worker_kind == "classic":
-            _require(self.backend == "ray", "worker_kind", "engine for any backend but ray", self.worker_kind)
-            _require(self.device != "cuda", "device", "cpu for classic workers, which have one core each", self.device)
-        _require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)
-        _require(self.population_size >= 2, "population_size", "at least 2", self.population_size)
-        if self.antithetic:
-            _require(self.population_size % 2 == 0, "population_size", "even (antithetic pairs)", self.population_size)
-        _require(all(size >= 1 for size in self.hidden), "hidden", "layer sizes of at least 1", self.hidden)
-        _require(all(size >= 1 for size in self.channels), "channels", "numbers of at least 1", self.channels)
-        for name, policy in (("hidden", "recurrent"), ("channels", "convnet")):
-            if self.policy == policy:
-                _require(len(getattr(self, name)) >= 1, name, f"at least one size for a {policy} policy", "none")
-        if self.observed is not None:
-            _require(all(entry >= 0 for entry in self.observed), "observed", "numbers of entries from 0", self.observed)
-        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        for name in ("weight_decay", "output_gain"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, "0 or greater", value)
-        _require(0 < self.episode_cap_until <= 1, "episode_cap_until", "in (0, 1]", self.episode_cap_until)
-        self.parsed_env_kwargs()
-
-    def parsed_env_kwargs(self) -> dict[str, Any]:
-        """``env_kwargs`` as a dictionary."""
-        try:
-            parsed = json.loads(self.env_kwargs)
-        except json.JSONDecodeError as error:
-            raise UserError(f"env_kwargs must be a JSON object, got {self.env_kwargs!r} ({error})") from None
-        _require(isinstance(parsed, dict), "env_kwargs", 'a JSON object such as {"healthy_reward": 2}', self.env_kwargs)
-        for name in _NOT_ENV_KWARGS & parsed.keys():
-            raise UserError(f"env-kwargs must be keyword arguments of gymnasium.make, and {name} is none")
-        return parsed
-
-    def progress(self, generation: int, env_steps: int) -> float:
-        """How much of the run is done, in [0, 1]: the larger of the fractions of generations and of environment steps."""
-        done = 0.0
-        if self.generations is not None:
-            done = max(done, generation / self.generations)
-        if self.env_steps is not None:
-            done = max(done, env_steps / self.env_steps)
-        return min(done, 1.0)
-
-    def sigma_at(self, progress: float) -> float:
-        """Sigma when ``progress`` of the run is done."""
-        return _linear(self.sigma, self.sigma_final, progress)
-
-    def learning_rate_at(self, progress: float) -> float:
-        """Learning rate when ``progress`` of the run is done."""
-        return _linear(self.learning_rate, self.learning_rate_final, progress)
-
-    def episode_cap_at(self, progress: float, limit: int | None) -> int | None:
-        """The cap on training episodes when ``progress`` of the run is done; None where there is none.
-
-        Args:
-            progress: in [0, 1].
-            limit: the environment's own time limit.
-        """
-        if self.episode_cap is None or progress >= self.episode_cap_until:
-            return None
-        if limit is None:
-            return self.episode_cap
-        return round(_linear(self.episode_cap, limit, progress / self.episode_cap_until))
-
-    def to_json(self) -> str:
-        """The configuration as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
-        """The configuration that :meth:`to_json` wrote.
-
-        Raises:
-            UserError: the text is not a configuration of this version.
-        """
-        try:
-            values = json.loads(text)
-            missing = [field.name for field in dataclasses.fields(cls) if field.name not in values]
-            if missing:
-                raise TypeError(f"it has no {', '.join(missing)}")
-            # JSON has no tuples.
-            arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**arguments)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise UserError(f"not a configuration of this version of es_flipout: {error}") from None
+def _non_negative(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(math.isfinite(value) and value >= 0, name, "0 or greater", value)
 
 
 def _require(condition: bool, name: str, need: str, value: object) -> None:
@@ -242,3 +54,386 @@ def _require(condition: bool, name: str, need: str, value: object) -> None:
 
 def _linear(start: float, end: float | None, progress: float) -> float:
     return start if end is None else start + (end - start) * progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The task to learn."""
+
+    env_id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")]
+    """Gymnasium id of the environment."""
+    env_kwargs: str = "{}"
+    """Keyword arguments of gymnasium.make, as a JSON object."""
+    observed: tuple[int, ...] | None = None
+    """Indices of the observation entries that the policy sees; None for all."""
+    remove_alive_bonus: bool = True
+    """Exclude the per-step alive bonus from the fitness (reported returns include it)."""
+    start_states: Literal["pair", "generation"] = "pair"
+    """Which members share start states: antithetic partners, or the whole generation."""
+    episodes: int = 1
+    """Episodes per member and generation."""
+    episode_cap: int | None = None
+    """Initial limit on the steps of training episodes; it grows to the environment's time limit."""
+    episode_cap_until: float = 0.5
+    """Fraction of the run after which episodes are no longer capped."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of range; the message names the option and the allowed values.
+        """
+        _check_choices(self)
+        _at_least_one(self, "episodes")
+        _at_least_one_or_none(self, "episode_cap")
+        if self.observed is not None:
+            valid = all(entry >= 0 for entry in self.observed)
+            _require(valid, "observed", "indices of 0 or greater", self.observed)
+        _require(0 < self.episode_cap_until <= 1, "episode_cap_until", "in (0, 1]", self.episode_cap_until)
+        self.parsed_env_kwargs()
+
+    def parsed_env_kwargs(self) -> dict[str, Any]:
+        """Return ``env_kwargs`` as a dictionary."""
+        try:
+            parsed = json.loads(self.env_kwargs)
+        except json.JSONDecodeError as error:
+            raise UserError(f"env-kwargs must be a JSON object, got {self.env_kwargs!r} ({error})") from None
+        _require(isinstance(parsed, dict), "env_kwargs", 'a JSON object such as {"healthy_reward": 2}', self.env_kwargs)
+        for name in _NOT_ENV_KWARGS & parsed.keys():
+            raise UserError(f"env-kwargs must be keyword arguments of gymnasium.make, which {name} is not")
+        return parsed
+
+    def episode_cap_at(self, progress: float, limit: int | None) -> int | None:
+        """Return the cap on the steps of training episodes at a given progress, or None if there is none.
+
+        Args:
+            progress: completed fraction of the run, in [0, 1].
+            limit: the environment's own time limit.
+        """
+        if self.episode_cap is None or progress >= self.episode_cap_until:
+            return None
+        if limit is None:
+            return self.episode_cap
+        return round(_linear(self.episode_cap, limit, progress / self.episode_cap_until))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The policy network and its observation and action maps."""
+
+    kind: Annotated[Literal["mlp", "linear", "recurrent", "convnet"], tyro.conf.arg(name="policy")] = "mlp"
+    """Kind of policy network."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Sizes of the hidden layers (for a recurrent policy: of the recurrent layers)."""
+    activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "tanh"
+    """Activation of the hidden layers (not used by recurrent layers)."""
+    cell: Literal["gru", "lstm"] = "gru"
+    """Cell type of a recurrent policy."""
+    channels: tuple[int, ...] = (16, 32)
+    """Output channels of the layers of a convolutional policy, each with stride 2."""
+    output_gain: float = 0.1
+    """Initialization gain of the output layer."""
+    squash: Literal["clip", "tanh"] = "clip"
+    """How outputs are mapped into a bounded action space."""
+    observation_norm: bool = True
+    """Normalize observations by running mean and standard deviation (images: by their bounds)."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of range; the message names the option and the allowed values.
+        """
+        _check_choices(self)
+        for name, kind in (("hidden", "recurrent"), ("channels", "convnet")):
+            sizes = getattr(self, name)
+            _require(all(size >= 1 for size in sizes), name, "sizes of at least 1", sizes)
+            if self.kind == kind:
+                _require(len(sizes) >= 1, name, f"at least one size for a {kind} policy", "none")
+        _non_negative(self, "output_gain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """The evolution strategy: perturbations and the update of the mean policy."""
+
+    population_size: int = 128
+    """Members per generation."""
+    sigma: float = 0.03
+    """Standard deviation of the perturbations."""
+    sigma_final: float | None = None
+    """Sigma at the end of the run, reached linearly; None keeps it constant."""
+    perturbation: Literal["flipout", "low_rank", "dense"] = "flipout"
+    """Perturbation family."""
+    base: Literal["rademacher", "gaussian"] = "rademacher"
+    """Distribution of flipout's base matrices."""
+    bases: int = 1
+    """Base matrices per layer (flipout)."""
+    rank: int = 1
+    """Rank of each member's perturbation (low_rank)."""
+    antithetic: bool = True
+    """Evaluate each perturbation together with its negative."""
+    optimizer: Literal["adam", "sgd", "clipup"] = "adam"
+    """Optimizer of the mean weights."""
+    learning_rate: float = 0.02
+    """Learning rate."""
+    learning_rate_final: float | None = None
+    """Learning rate at the end of the run, reached linearly; None keeps it constant."""
+    momentum: float = 0.9
+    """Momentum of the optimizer (beta1 of Adam)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, as in AdamW."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of range; the message names the option and the allowed values.
+        """
+        _check_choices(self)
+        for name in ("sigma", "learning_rate"):
+            value, final = getattr(self, name), getattr(self, f"{name}_final")
+            _require(math.isfinite(value) and value > 0, name, "greater than 0", value)
+            if final is not None:
+                _require(math.isfinite(final) and final >= 0, f"{name}_final", "0 or greater", final)
+        if self.sigma_final is not None:
+            _require(self.sigma_final > 0, "sigma_final", "greater than 0", self.sigma_final)
+        _at_least_one(self, "bases", "rank")
+        _require(self.population_size >= 2, "population_size", "at least 2", self.population_size)
+        if self.antithetic:
+            _require(self.population_size % 2 == 0, "population_size", "even (antithetic pairs)", self.population_size)
+        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        _non_negative(self, "weight_decay")
+
+    def sigma_at(self, progress: float) -> float:
+        """Return sigma at a given progress of the run, in [0, 1]."""
+        return _linear(self.sigma, self.sigma_final, progress)
+
+    def learning_rate_at(self, progress: float) -> float:
+        """Return the learning rate at a given progress of the run, in [0, 1]."""
+        return _linear(self.learning_rate, self.learning_rate_final, progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long to train."""
+
+    seed: int = 0
+    """Seed of all random numbers of the run."""
+    generations: int | None = None
+    """Stop after this many generations."""
+    env_steps: int | None = None
+    """Stop after the generation that reaches this many environment steps."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of range; the message names the option and the allowed values.
+        """
+        _require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)
+        _at_least_one_or_none(self, "generations", "env_steps")
+
+    def progress(self, generation: int, env_steps: int) -> float:
+        """Return the completed fraction of the run, in [0, 1]: the larger of those in generations and environment steps."""
+        done = 0.0
+        if self.generations is not None:
+            done = max(done, generation / self.generations)
+        if self.env_steps is not None:
+            done = max(done, env_steps / self.env_steps)
+        return min(done, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Where and how to compute; these options do not change what is learned."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the policies; if there is a GPU, auto measures which is faster."""
+    physics: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where environments are stepped; auto uses the device of the policies if the environment supports it."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Fused Triton kernels or plain torch; auto uses Triton on CUDA."""
+    precision: Literal["ieee", "tf32x3", "tf32", "bf16"] = "ieee"
+    """Precision of matrix products in the Triton kernels; sums are always float32."""
+    backend: Literal["local", "ray"] = "local"
+    """This machine, or a Ray cluster."""
+    worker_kind: Literal["engine", "classic"] = "engine"
+    """What Ray workers run: this engine, or (classic) one policy at a time in one environment."""
+    workers: int | None = None
+    """Number of Ray workers; None for one per core, fewer for small populations."""
+    ray_address: str | None = None
+    """Ray cluster to join (host:port, ray://host:port or auto); None starts Ray on this machine."""
+    threads: int | None = None
+    """Physics threads (of each worker); None for one per core."""
+    overlap: bool | None = None
+    """Overlap physics and policy by double buffering (CPU physics); None to do so if it is faster."""
+    slots: int | None = None
+    """Environments stepped in parallel; None for one per episode, up to 1024."""
+    row_block: int | None = None
+    """Rows per policy forward; None for one per slot, up to 1024 (fewer for wide layers)."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of range; the message names the option and the allowed values.
+        """
+        _check_choices(self)
+        _at_least_one_or_none(self, "workers", "threads", "slots", "row_block")
+        if self.worker_kind == "classic":
+            _require(self.backend == "ray", "worker_kind", "engine unless the backend is ray", self.worker_kind)
+            _require(self.device != "cuda", "device", "cpu for classic workers, which have one core each", self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """Scores and checkpoints."""
+
+    score_every: int = 10
+    """Generations between two scores of the mean policy."""
+    score_episodes: int = 16
+    """Episodes per score during training."""
+    evaluation_episodes: int = 100
+    """Episodes of the final score, in the single Gymnasium environment."""
+    checkpoint_every: int = 10
+    """Generations between two checkpoints."""
+    keep_checkpoints: int = 3
+    """Number of checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of range; the message names the option and the allowed values.
+        """
+        _at_least_one(self, *(field.name for field in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that determines a training run."""
+
+    task: Task
+    policy: Policy = Policy()
+    strategy: Strategy = Strategy()
+    schedule: Schedule = Schedule()
+    compute: Compute = Compute()
+    logging: Logging = Logging()
+
+    SUBJECTS: ClassVar[Mapping[str, type]] = {
+        "task": Task,
+        "policy": Policy,
+        "strategy": Strategy,
+        "schedule": Schedule,
+        "compute": Compute,
+        "logging": Logging,
+    }
+
+    @classmethod
+    def of(cls, env_id: str, **fields: Any) -> TrainConfig:
+        """Create a configuration from flat names, as in ``TrainConfig.of("Hopper-v5", sigma=0.05, policy="linear")``.
+
+        Raises:
+            UserError: an option is unknown, or a value is out of range.
+        """
+        own = _by_subject({"env_id": env_id, **fields})
+        return cls(**{subject: kind(**own.get(subject, {})) for subject, kind in cls.SUBJECTS.items()})
+
+    def replace(self, **fields: Any) -> TrainConfig:
+        """Return a copy of this configuration with some values replaced, by flat names.
+
+        Raises:
+            UserError: an option is unknown, or a value is out of range.
+        """
+        changes = _by_subject(fields)
+        return dataclasses.replace(
+            self, **{subject: dataclasses.replace(getattr(self, subject), **own) for subject, own in changes.items()}
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Return all values by their flat names."""
+        return {name: getattr(getattr(self, subject), field) for name, (subject, field) in PLACES.items()}
+
+    def to_json(self) -> str:
+        """Return the configuration as JSON text, with the version that wrote it."""
+        return json.dumps({"version": es_flipout.__version__, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Read the text that :meth:`to_json` wrote.
+
+        Raises:
+            UserError: the text is not a configuration of this version.
+        """
+        version: object = None
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise TypeError("it is not a JSON object")
+            version = values.pop("version", None)
+            _expect(values, cls.SUBJECTS, "")
+            return cls(
+                **{subject: _from_dict(kind, values[subject], subject) for subject, kind in cls.SUBJECTS.items()}
+            )
+        except (json.JSONDecodeError, TypeError) as error:
+            made_by = f" (es_flipout {version} wrote it)" if isinstance(version, str) else ""
+            raise UserError(f"not a configuration of es_flipout {es_flipout.__version__}: {error}{made_by}") from None
+
+
+def _places() -> dict[str, tuple[str, str]]:
+    places: dict[str, tuple[str, str]] = {}
+    for subject, kind in TrainConfig.SUBJECTS.items():
+        for field in dataclasses.fields(kind):
+            # The field ``kind`` of the subject "policy" has the flat name "policy".
+            places["policy" if (subject, field.name) == ("policy", "kind") else field.name] = subject, field.name
+    return places
+
+
+PLACES: Mapping[str, tuple[str, str]] = types.MappingProxyType(_places())
+"""Subject and field of every option, by its flat name."""
+
+
+def _by_subject(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Group values by subject and field."""
+    own: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        if name not in PLACES:
+            raise UserError(f"unknown option {name}; the options are {', '.join(PLACES)}")
+        subject, field = PLACES[name]
+        own.setdefault(subject, {})[field] = value
+    return own
+
+
+def _expect(values: Mapping[str, object], wanted: Mapping[str, object], where: str) -> None:
+    if missing := [name for name in wanted if name not in values]:
+        raise TypeError(f"{where}it has no {', '.join(missing)}")
+    if unknown := [name for name in values if name not in wanted]:
+        raise TypeError(f"{where}it has an unknown {', '.join(unknown)}")
+
+
+def _from_dict(kind: type, values: object, subject: str) -> Any:
+    """Create the dataclass of a subject from parsed JSON, with type checks."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{subject} is not a JSON object")
+    hints = typing.get_type_hints(kind)
+    _expect(values, hints, f"in {subject} ")
+    return kind(**{name: _typed(value, hints[name], f"{subject}.{name}") for name, value in values.items()})
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """Convert a JSON value to the type of its field: JSON has no tuples, and may write whole floats as integers."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        match typing.get_origin(option) or option:
+            case types.NoneType if value is None:
+                return None
+            case typing.Literal if isinstance(value, str):
+                return value  # checked by the dataclass, whose message names the choices
+            case builtin if builtin is tuple and isinstance(value, list):
+                return tuple(_typed(item, typing.get_args(option)[0], name) for item in value)
+            case builtin if builtin is float and isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+            case builtin if builtin in (bool, int, str) and type(value) is builtin:
+                return value
+    raise TypeError(f"{name} must not be {value!r}")

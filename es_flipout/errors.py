@@ -1,5 +1,5 @@
-"""Errors that a user can mend: the command line shows them as one line and exits with code 2."""
+"""Errors that the user can fix: the command line prints them as one line and exits with code 2."""
 
 
 class UserError(ValueError):
-    """Something that the user asked for cannot be done; the message says what was wrong and what would be right."""
+    """A request of the user cannot be fulfilled; the message says what is wrong and what is allowed."""

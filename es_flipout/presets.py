@@ -1,7 +1,7 @@
-"""One configuration for each environment. Imports no torch.
+"""One configuration per environment. Does not import torch.
 
-Those with a row in ``results/learning_*`` were tuned, and ``results/LOG.md`` says what was tried;
-Walker2d, Ant, Humanoid and HumanoidStandup are starting points that nothing was measured with yet.
+Presets with a row in ``results/learning_*`` were tuned; ``results/LOG.md`` lists what was tried. Walker2d, Ant, Humanoid
+and HumanoidStandup are untuned starting points without measured results.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _NATIVE_PREFIX = "es_flipout/"
 
 
 def preset(env_id: str) -> TrainConfig:
-    """The configuration of an environment, or the general one where there is none.
+    """Return the configuration of an environment; environments without a preset get the general one.
 
     Args:
         env_id: a Gymnasium id, with or without the prefix ``es_flipout/`` of the native environments.
@@ -22,12 +22,12 @@ def preset(env_id: str) -> TrainConfig:
 
 
 def _general(env_id: str) -> TrainConfig:
-    return TrainConfig(env_id=env_id, env_steps=1_000_000)
+    return TrainConfig.of(env_id, env_steps=1_000_000)
 
 
 def _cartpole(env_id: str) -> TrainConfig:
-    return TrainConfig(
-        env_id=env_id,
+    return TrainConfig.of(
+        env_id,
         env_steps=200_000,
         population_size=32,
         sigma=0.1,
@@ -40,10 +40,10 @@ def _cartpole(env_id: str) -> TrainConfig:
 
 
 def _pendulum(env_id: str) -> TrainConfig:
-    # Many small generations and plain gradient steps: with Adam the outputs saturate before the policy balances. With as many
-    # bases as pairs every pair has noise of its own, which so small a population can afford (results/families_*).
-    return TrainConfig(
-        env_id=env_id,
+    # Many small generations with plain SGD: with Adam the outputs saturate before the policy balances. With as many bases as
+    # pairs, every pair has independent noise, which a population this small can afford (results/families_*).
+    return TrainConfig.of(
+        env_id,
         env_steps=1_500_000,
         base="gaussian",
         bases=8,
@@ -64,8 +64,8 @@ def _pendulum(env_id: str) -> TrainConfig:
 
 
 def _acrobot(env_id: str) -> TrainConfig:
-    return TrainConfig(
-        env_id=env_id,
+    return TrainConfig.of(
+        env_id,
         env_steps=1_000_000,
         population_size=64,
         sigma=0.1,
@@ -77,8 +77,8 @@ def _acrobot(env_id: str) -> TrainConfig:
 
 
 def _mountain_car_continuous(env_id: str) -> TrainConfig:
-    return TrainConfig(
-        env_id=env_id,
+    return TrainConfig.of(
+        env_id,
         env_steps=1_000_000,
         population_size=64,
         sigma=0.3,
@@ -90,8 +90,8 @@ def _mountain_car_continuous(env_id: str) -> TrainConfig:
 
 
 def _inverted_pendulum(env_id: str) -> TrainConfig:
-    return TrainConfig(
-        env_id=env_id,
+    return TrainConfig.of(
+        env_id,
         env_steps=1_000_000,
         population_size=64,
         sigma=0.05,
@@ -102,10 +102,10 @@ def _inverted_pendulum(env_id: str) -> TrainConfig:
 
 
 def _inverted_double_pendulum(env_id: str) -> TrainConfig:
-    # Almost the whole reward is the alive bonus: without it the policy learns to fall gently. Once nobody falls, ranks only
-    # tell who moves least; sigma stays large, because that and small steps would end in a policy that cannot take a push.
-    return TrainConfig(
-        env_id=env_id,
+    # Almost the whole reward is the alive bonus: without it the policy learns to fall gently. Once no member falls, ranks only
+    # reward moving less; a small sigma and small steps would then yield a policy that is not robust, so sigma stays large.
+    return TrainConfig.of(
+        env_id,
         env_steps=1_000_000,
         policy="linear",
         population_size=64,
@@ -117,11 +117,11 @@ def _inverted_double_pendulum(env_id: str) -> TrainConfig:
 
 
 def _swimmer(env_id: str) -> TrainConfig:
-    return TrainConfig(
-        env_id=env_id,
+    return TrainConfig.of(
+        env_id,
         env_steps=1_500_000,
         base="gaussian",
-        bases=8,  # one for each pair, see Pendulum
+        bases=8,  # one per pair, as for Pendulum
         policy="linear",
         observation_norm=False,
         population_size=16,
@@ -132,8 +132,8 @@ def _swimmer(env_id: str) -> TrainConfig:
 
 
 def _half_cheetah(env_id: str) -> TrainConfig:
-    return TrainConfig(
-        env_id=env_id,
+    return TrainConfig.of(
+        env_id,
         env_steps=10_000_000,
         population_size=64,
         sigma=0.05,
@@ -144,8 +144,8 @@ def _half_cheetah(env_id: str) -> TrainConfig:
 
 
 def _hopper(env_id: str) -> TrainConfig:
-    return TrainConfig(
-        env_id=env_id,
+    return TrainConfig.of(
+        env_id,
         env_steps=4_000_000,
         policy="linear",
         population_size=32,
@@ -156,11 +156,11 @@ def _hopper(env_id: str) -> TrainConfig:
 
 
 def _walker(env_id: str) -> TrainConfig:
-    return TrainConfig(env_id=env_id, env_steps=40_000_000, population_size=256, sigma=0.03, learning_rate=0.02)
+    return TrainConfig.of(env_id, env_steps=40_000_000, population_size=256, sigma=0.03, learning_rate=0.02)
 
 
 def _large(env_id: str) -> TrainConfig:
-    return TrainConfig(env_id=env_id, env_steps=100_000_000, population_size=512, sigma=0.02, learning_rate=0.01)
+    return TrainConfig.of(env_id, env_steps=100_000_000, population_size=512, sigma=0.02, learning_rate=0.01)
 
 
 _PRESETS = {

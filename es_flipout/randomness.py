@@ -1,9 +1,9 @@
 """Addressed random numbers: a value is a pure function of (seed, generation, layer, stream, member).
 
-Nothing is consumed, so the same member gets the same perturbation to the bit whatever the chunking, sharding, number of
-threads or device. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
-the key is the seed, the 128-bit counter is the address, so no two addresses can ever collide. Only integer operations,
-table look-ups and single additions and products are used: transcendental functions differ in the last bit between devices.
+There is no generator state, so a member's perturbation is bitwise identical for any chunking, sharding, number of threads
+and device. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
+the key is the seed and the 128-bit counter is the address, so no two addresses can ever collide. Only integer operations,
+table look-ups and single additions and products are used: transcendental functions differ in the last bit across devices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 
 class Stream(IntEnum):
-    """What a random number is for; independent streams of one layer and member."""
+    """Purpose of a random number; the streams of a layer and member are independent."""
 
     BASE = 0
     INPUT_SIGNS = 1
@@ -36,12 +36,11 @@ class Stream(IntEnum):
     LEFT_FACTOR = 5
     RIGHT_FACTOR = 6
     START_STATE = 7
-    INIT = 8
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where random numbers live: ``seed`` in [0, 2^64), ``generation`` in [0, 2^32), ``layer`` in [0, 2^24)."""
+    """Address of random numbers: ``seed`` in [0, 2^64), ``generation`` in [0, 2^32), ``layer`` in [0, 2^24)."""
 
     seed: int
     generation: int = 0
@@ -58,7 +57,7 @@ Words = TypeVar("Words", Tensor, NDArray[np.int64])
 
 
 def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
-    """Philox4x32-10 on int64 arrays of one shape, of torch or of NumPy, that hold unsigned 32-bit words.
+    """Compute Philox4x32-10 on int64 torch or NumPy arrays of the same shape that hold unsigned 32-bit words.
 
     Returns:
         Four int64 arrays with values in [0, 2^32).
@@ -66,7 +65,7 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The low 64 bits of the product are right also where int64 wraps; the arithmetic shift is masked back.
+        # The low 64 bits of the product are correct even if int64 wraps; the mask undoes the sign extension of the shift.
         product0 = c0 * _MULTIPLIERS[0]
         product1 = c2 * _MULTIPLIERS[1]
         high0 = product0 >> 32
@@ -86,13 +85,13 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
 
 
 def words(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
-    """Random 32-bit words.
+    """Draw random 32-bit words.
 
     Args:
         address: seed, generation and layer.
-        stream: what the numbers are for.
-        members: ``(n,)`` int64, which members (or bases, or pairs) to draw for, on the device to compute on.
-        count: words for each member.
+        stream: purpose of the numbers.
+        members: ``(n,)`` int64, the members (or bases, or pairs) to draw for, on the device to compute on.
+        count: words per member.
 
     Returns:
         ``(n, count)`` int64 with values in [0, 2^32).
@@ -102,7 +101,7 @@ def words(address: Address, stream: Stream, members: Tensor, count: int) -> Tens
     key = (address.seed & _MASK, address.seed >> 32)
     place, generation = (address.layer << 8) | stream, address.generation
     if device.type == "cpu":
-        # NumPy: most draws are of a few hundred numbers, for which a torch operation takes several times as long.
+        # NumPy, because most draws have a few hundred numbers, for which torch operations take several times as long.
         block, member = np.broadcast_arrays(np.arange(blocks, dtype=np.int64), members.numpy()[:, None])
         counter = (block, member, np.full(shape, place, np.int64), np.full(shape, generation, np.int64))
         out = torch.from_numpy(np.stack(philox4x32(counter, key), axis=-1))
@@ -114,26 +113,26 @@ def words(address: Address, stream: Stream, members: Tensor, count: int) -> Tens
 
 
 def signs(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
-    """Independent fair signs, ``(n, count)`` int8 with values exactly -1 and +1 (arguments as for :func:`words`)."""
+    """Draw independent fair signs, ``(n, count)`` int8 with values exactly -1 and +1 (arguments as for :func:`words`)."""
     return unpacked_signs(packed_signs(address, stream, members, count), count)
 
 
 def packed_signs(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
-    """The numbers of :func:`signs` in one bit each, ``(n, ceil(count / 32))`` int32; a 1 stands for +1, the lowest bit first."""
+    """Draw :func:`signs` as one bit each, ``(n, ceil(count / 32))`` int32; 1 stands for +1, the lowest bit comes first."""
     return words(address, stream, members, -(-count // 32)).to(torch.int32)
 
 
 def unpacked_signs(packed: Tensor, count: int) -> Tensor:
-    """``(n, ceil(count / 32))`` int32 of :func:`packed_signs` to ``(n, count)`` int8."""
+    """Unpack ``(n, ceil(count / 32))`` int32 of :func:`packed_signs` to ``(n, count)`` int8."""
     octets = torch.stack([(packed >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
     return _sign_table(packed.device)[octets.view(len(packed), -1)].view(len(packed), -1)[:, :count]
 
 
 def normals(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
-    """Independent standard normal numbers, ``(n, count)`` float32 (arguments as for :func:`words`).
+    """Draw independent standard normal numbers, ``(n, count)`` float32 (arguments as for :func:`words`).
 
-    The sum of two entries of a table of 2^16 equally likely normal quantiles, scaled to unit variance: 2^32 equally
-    likely values up to 6 in size, with one rounding per operation and so the same bits everywhere.
+    A number is the sum of two entries of a table of 2^16 equally likely normal quantiles, scaled to unit variance. There are
+    2^32 equally likely values up to 6 in magnitude; every operation rounds once, so all devices give the same bits.
     """
     drawn = words(address, stream, members, count)
     table = _normal_table(members.device)
@@ -141,20 +140,20 @@ def normals(address: Address, stream: Stream, members: Tensor, count: int) -> Te
 
 
 def integers(address: Address, stream: Stream, members: Tensor, count: int = 1) -> Tensor:
-    """Integers uniform in [0, 2^31), ``(n, count)`` int64: for instance seeds for environments."""
+    """Draw integers uniformly from [0, 2^31), ``(n, count)`` int64, for example as seeds of environments."""
     return words(address, stream, members, count) >> 1
 
 
 @cache
 def _sign_table(device: torch.device) -> Tensor:
-    """Row ``b`` holds the eight bits of the byte ``b`` as signs, ``(256, 8)`` int8."""
+    """Return a table whose row ``b`` holds the eight bits of the byte ``b`` as signs, ``(256, 8)`` int8."""
     bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     return (2 * bits - 1).to(torch.int8).to(device)
 
 
 @cache
 def _normal_table(device: torch.device) -> Tensor:
-    """The 2^16 mid-point quantiles of the normal distribution, antisymmetric and of unit variance, ``(65536,)`` float32."""
+    """Return the 2^16 midpoint quantiles of the normal distribution, antisymmetric, unit variance, ``(65536,)`` float32."""
     normal = NormalDist()
     upper = torch.tensor([normal.inv_cdf((i + 0.5) / 65536) for i in range(32768, 65536)], dtype=torch.float64)
     upper /= upper.square().mean().sqrt()

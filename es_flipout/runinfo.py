@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, hardware."""
+"""Versions, commit and hardware of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGES = ("es-flipout", "torch", "numpy", "gymnasium", "mujoco", "mujoco-warp
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result; packages that are not installed are left out."""
+    """Return the versions of Python and of the packages that affect results; missing packages are omitted."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str | int]:
-    """Processor, usable cores, memory, and the GPU where there is one."""
+    """Return the processor, usable cores, memory, and the GPU if there is one."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -36,7 +36,7 @@ def hardware() -> dict[str, str | int]:
 
 
 def commit() -> str | None:
-    """Commit of the source tree, with ``-dirty`` when it has changes; None outside a git checkout."""
+    """Return the commit of the source tree, with ``-dirty`` if it has changes; None outside a git checkout."""
     here = Path(__file__).resolve().parents[1]
     if not (here / ".git").exists():
         return None
@@ -55,7 +55,7 @@ def commit() -> str | None:
 
 
 def environment() -> dict[str, object]:
-    """Everything above, as written to ``environment.json``."""
+    """Return the contents of ``environment.json``: versions, hardware and commit."""
     return {"versions": versions(), "hardware": hardware(), "commit": commit()}
 
 

@@ -1,4 +1,4 @@
-"""The configuration refuses what cannot work in one line that names the option, and survives the way to disk and back."""
+"""Invalid options are rejected with a one-line message that names the option; JSON round trips are lossless."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from es_flipout.config import TrainConfig
+from es_flipout.config import PLACES, TrainConfig
 from es_flipout.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -42,9 +42,9 @@ WRONG: dict[str, list[Any]] = {
     "env_kwargs": ["{", "[1]", "3", ""],
 }
 
-# At the edge of what is allowed, and all of it at once: also the opposite of over-strict checks.
-EDGE = TrainConfig(
-    env_id="Any-v0",
+# All values at the edge of their allowed range: the checks must not be too strict either.
+EDGE = TrainConfig.of(
+    "Any-v0",
     sigma=1e-12,
     sigma_final=1e-12,
     learning_rate=1e-12,
@@ -63,9 +63,9 @@ EDGE = TrainConfig(
     episode_cap=1,
 )
 
-# Another value than the default for every field.
-OTHER = TrainConfig(
-    env_id="Other-v3",
+# A non-default value for every field.
+OTHER = TrainConfig.of(
+    "Other-v3",
     env_kwargs='{"a": [1, null], "ü": "\\n"}',
     seed=2**62 + 1,
     generations=3,
@@ -120,7 +120,7 @@ OTHER = TrainConfig(
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(UserError) as refused:
-        dataclasses.replace(TrainConfig(env_id="Any-v0"), **{field: value})
+        TrainConfig.of("Any-v0").replace(**{field: value})
     message = str(refused.value)
     assert field.replace("_", "-") in message.replace("_", "-").split()[0], message
     assert "must be" in message
@@ -133,53 +133,83 @@ def test_the_edges_are_allowed() -> None:
 
 
 def test_only_antithetic_populations_must_be_even() -> None:
-    assert TrainConfig(env_id="Any-v0", population_size=7, antithetic=False).population_size == 7
+    assert TrainConfig.of("Any-v0", population_size=7, antithetic=False).strategy.population_size == 7
     with pytest.raises(UserError, match=r"population-size must be even \(antithetic pairs\), got 7"):
-        TrainConfig(env_id="Any-v0", population_size=7)
+        TrainConfig.of("Any-v0", population_size=7)
 
 
 @pytest.mark.parametrize(("policy", "name"), [("recurrent", "hidden"), ("convnet", "channels")])
 def test_a_policy_needs_its_layers(policy: str, name: str) -> None:
     with pytest.raises(UserError, match=f"{name} must be at least one size for a {policy} policy"):
-        TrainConfig(**{"env_id": "Any-v0", "policy": policy, name: ()})
+        TrainConfig.of(**{"env_id": "Any-v0", "policy": policy, name: ()})
 
 
 def test_json_round_trip_of_every_field() -> None:
-    default = dataclasses.asdict(TrainConfig(env_id="Any-v0"))
-    same = [name for name, value in dataclasses.asdict(OTHER).items() if value == default[name]]
+    default = TrainConfig.of("Any-v0").flat()
+    same = [name for name, value in OTHER.flat().items() if value == default[name]]
     assert not same, f"OTHER must differ from the defaults in every field, also in {same}"
-    assert set(json.loads(OTHER.to_json())) == set(default)
-    for config in (OTHER, EDGE, TrainConfig(env_id="Any-v0")):
+    assert set(json.loads(OTHER.to_json())) == {"version", *TrainConfig.SUBJECTS}
+    for config in (OTHER, EDGE, TrainConfig.of("Any-v0")):
         again = TrainConfig.from_json(config.to_json())
         assert again == config
-        assert isinstance(again.hidden, tuple)
+        assert isinstance(again.policy.hidden, tuple)
         assert again.to_json() == config.to_json()
 
 
-def with_changes(**changes: Any) -> str:
-    return json.dumps(json.loads(OTHER.to_json()) | changes)
+def test_flat_names_are_the_fields_of_all_subjects() -> None:
+    flat = OTHER.flat()
+    assert list(flat) == list(PLACES)
+    assert len(flat) == sum(len(dataclasses.fields(kind)) for kind in TrainConfig.SUBJECTS.values())
+    assert TrainConfig.of(**flat) == OTHER
+    assert EDGE.replace(**flat) == OTHER
+    assert (flat["policy"], flat["sigma"]) == (OTHER.policy.kind, OTHER.strategy.sigma)
+    with pytest.raises(UserError, match="unknown option popsize"):
+        OTHER.replace(popsize=3)
+    with pytest.raises(UserError, match="unknown option kind"):
+        TrainConfig.of("Any-v0", kind="linear")
+
+
+def test_whole_floats_stay_floats() -> None:
+    found = TrainConfig.from_json(with_changes("strategy", momentum=0)).strategy.momentum
+    assert (found, type(found)) == (0.0, float)
+
+
+def with_changes(subject: str, **changes: Any) -> str:
+    values = json.loads(OTHER.to_json())
+    return json.dumps(values | {subject: values[subject] | changes})
+
+
+FLAT = json.dumps({"env_id": "Any-v0", "sigma": 0.1})  # the format of version 0.1.0
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("", "not a configuration of this version"),
-        (OTHER.to_json()[:100], "not a configuration of this version"),
-        ("[]", "not a configuration of this version"),
-        ("null", "not a configuration of this version"),
-        ('{"hidden": [64]}', "env_id"),
-        ('{"env_id": "Any-v0"}', "hidden"),
-        (with_changes(dropout=0.5), "dropout"),
-        (with_changes(hidden=64), "not a configuration of this version"),
-        (with_changes(sigma="large"), "not a configuration of this version"),
-        (with_changes(sigma=-1.0), "sigma"),
-        (with_changes(perturbation="sparse"), "perturbation"),
-        (with_changes(optimizer="lion"), "optimizer"),
-        (with_changes(policy="transformer"), "policy"),
-        (with_changes(activation="step"), "activation"),
-        (with_changes(squash="sin"), "squash"),
-        (with_changes(start_states="random"), "start.states"),
-        (with_changes(base="uniform"), "base"),
+        ("", "not a configuration of es_flipout"),
+        (OTHER.to_json()[:100], "not a configuration of es_flipout"),
+        ("[]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        (FLAT, "it has no task, policy, strategy"),
+        (json.dumps(json.loads(OTHER.to_json()) | {"tasks": {}}), "unknown tasks"),
+        (json.dumps(json.loads(OTHER.to_json()) | {"task": [], "version": "0.0.7"}), r"es_flipout 0\.0\.7 wrote it"),
+        (json.dumps(json.loads(OTHER.to_json()) | {"policy": 3}), "policy is not a JSON object"),
+        (with_changes("policy", dropout=0.5), "dropout"),
+        (with_changes("policy", hidden=64), "policy.hidden must not be 64"),
+        (with_changes("policy", hidden=[64.0]), "policy.hidden must not be 64.0"),
+        (with_changes("policy", observation_norm=1), "policy.observation_norm must not be 1"),
+        (with_changes("task", env_id=False), "task.env_id must not be False"),
+        (with_changes("task", episodes=True), "task.episodes must not be True"),
+        (with_changes("strategy", bases=1.5), "strategy.bases must not be 1.5"),
+        (with_changes("strategy", sigma="large"), "strategy.sigma must not be 'large'"),
+        (with_changes("strategy", sigma=-1.0), "sigma must be greater than 0"),
+        (with_changes("strategy", perturbation="sparse"), "perturbation must be one of"),
+        (with_changes("strategy", optimizer="lion"), "optimizer must be one of"),
+        (with_changes("policy", kind="transformer"), "policy must be one of"),
+        (with_changes("policy", activation="step"), "activation must be one of"),
+        (with_changes("policy", squash="sin"), "squash must be one of"),
+        (with_changes("task", start_states="random"), "start-states must be one of"),
+        (with_changes("strategy", base="uniform"), "base must be one of"),
+        (with_changes("compute", overlap="abc"), "compute.overlap must not be 'abc'"),
     ],
 )
 def test_json_of_another_version_is_refused(text: str, named: str) -> None:
@@ -189,31 +219,31 @@ def test_json_of_another_version_is_refused(text: str, named: str) -> None:
 
 
 def test_progress_is_the_larger_fraction() -> None:
-    config = dataclasses.replace(EDGE, generations=10, env_steps=1000)
-    assert config.progress(0, 0) == 0.0
-    assert config.progress(5, 100) == 0.5
-    assert config.progress(1, 900) == 0.9
-    assert config.progress(10, 0) == 1.0
-    assert config.progress(3, 1700) == 1.0
-    assert dataclasses.replace(config, generations=None).progress(99, 250) == 0.25
-    assert dataclasses.replace(config, env_steps=None).progress(2, 10**9) == 0.2
-    assert dataclasses.replace(config, generations=None, env_steps=None).progress(5, 5) == 0.0
+    config = EDGE.replace(generations=10, env_steps=1000)
+    assert config.schedule.progress(0, 0) == 0.0
+    assert config.schedule.progress(5, 100) == 0.5
+    assert config.schedule.progress(1, 900) == 0.9
+    assert config.schedule.progress(10, 0) == 1.0
+    assert config.schedule.progress(3, 1700) == 1.0
+    assert config.replace(generations=None).schedule.progress(99, 250) == 0.25
+    assert config.replace(env_steps=None).schedule.progress(2, 10**9) == 0.2
+    assert config.replace(generations=None, env_steps=None).schedule.progress(5, 5) == 0.0
 
 
 def test_sigma_and_learning_rate_move_linearly() -> None:
-    config = TrainConfig(env_id="Any-v0", sigma=0.5, sigma_final=0.25, learning_rate=0.5, learning_rate_final=1.0)
-    assert [config.sigma_at(p) for p in (0.0, 0.5, 1.0)] == [0.5, 0.375, 0.25]
-    assert [config.learning_rate_at(p) for p in (0.0, 0.5, 1.0)] == [0.5, 0.75, 1.0]
-    still = TrainConfig(env_id="Any-v0", sigma=0.3, learning_rate=0.7)
-    assert {still.sigma_at(p) for p in (0.0, 0.3, 1.0)} == {0.3}
-    assert {still.learning_rate_at(p) for p in (0.0, 0.3, 1.0)} == {0.7}
-    assert TrainConfig(env_id="Any-v0", learning_rate=0.5, learning_rate_final=0.0).learning_rate_at(1.0) == 0.0
+    config = TrainConfig.of("Any-v0", sigma=0.5, sigma_final=0.25, learning_rate=0.5, learning_rate_final=1.0)
+    assert [config.strategy.sigma_at(p) for p in (0.0, 0.5, 1.0)] == [0.5, 0.375, 0.25]
+    assert [config.strategy.learning_rate_at(p) for p in (0.0, 0.5, 1.0)] == [0.5, 0.75, 1.0]
+    still = TrainConfig.of("Any-v0", sigma=0.3, learning_rate=0.7)
+    assert {still.strategy.sigma_at(p) for p in (0.0, 0.3, 1.0)} == {0.3}
+    assert {still.strategy.learning_rate_at(p) for p in (0.0, 0.3, 1.0)} == {0.7}
+    assert TrainConfig.of("Any-v0", learning_rate=0.5, learning_rate_final=0.0).strategy.learning_rate_at(1.0) == 0.0
 
 
 def test_the_episode_cap_grows_to_the_limit_and_goes() -> None:
-    config = TrainConfig(env_id="Any-v0", episode_cap=100, episode_cap_until=0.5)
-    assert [config.episode_cap_at(p, 1000) for p in (0.0, 0.25, 0.499)] == [100, 550, 998]
-    assert [config.episode_cap_at(p, 1000) for p in (0.5, 1.0)] == [None, None]
-    assert [config.episode_cap_at(p, None) for p in (0.0, 0.49, 0.5)] == [100, 100, None]
-    uncapped = TrainConfig(env_id="Any-v0")
-    assert [uncapped.episode_cap_at(p, 1000) for p in (0.0, 1.0)] == [None, None]
+    config = TrainConfig.of("Any-v0", episode_cap=100, episode_cap_until=0.5)
+    assert [config.task.episode_cap_at(p, 1000) for p in (0.0, 0.25, 0.499)] == [100, 550, 998]
+    assert [config.task.episode_cap_at(p, 1000) for p in (0.5, 1.0)] == [None, None]
+    assert [config.task.episode_cap_at(p, None) for p in (0.0, 0.49, 0.5)] == [100, 100, None]
+    uncapped = TrainConfig.of("Any-v0")
+    assert [uncapped.task.episode_cap_at(p, 1000) for p in (0.0, 1.0)] == [None, None]

@@ -18,9 +18,9 @@ def test_links_lead_somewhere(page: Path, link: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_options_exist(page: Path) -> None:
-    from es_flipout.config import TrainConfig
+    from es_flipout.config import PLACES
 
-    known = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__} | {"--json"}
+    known = {f"--{name.replace('_', '-')}" for name in PLACES} | {"--json"}
     lines = re.findall(r"es-flipout (?:train|resume|evaluate) [^\n`'#]*", page.read_text(encoding="utf-8"))
     options = {option for line in lines for option in re.findall(r"(?<=\s)--[a-z-]+", line)}
     assert options <= known | {"--episodes", "--run-dir"}
@@ -48,7 +48,7 @@ def test_image_holds_what_a_wheel_is_built_from() -> None:
 
 
 def test_steps_of_the_dockerfile_are_read_as_they_are_written() -> None:
-    from check_dockerfile import instructions
+    from scripts.checks.dockerfile import instructions
 
     text = 'ARG A=1\n# note\nFROM x AS build\nRUN a \\\n    # why\n    && b\n\nCMD ["c"]\n'
     read = [(name, " ".join(rest.split())) for name, rest in instructions(text)]

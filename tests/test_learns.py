@@ -13,8 +13,9 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 
 from es_flipout.config import TrainConfig
-from es_flipout.evaluate import evaluate
-from es_flipout.trainer import Trainer
+from es_flipout.training.evaluate import evaluate
+from es_flipout.training.setup import make_trainer
+from es_flipout.training.trainer import Trainer
 
 
 def real_score(trainer: Trainer, episodes: int = 10) -> float:
@@ -23,10 +24,10 @@ def real_score(trainer: Trainer, episodes: int = 10) -> float:
 
 def learn(config: TrainConfig, start: float, goal: float) -> float:
     """Train until ``goal`` is reached or the generations are over; returns the score in Gymnasium's environment."""
-    trainer = Trainer(config)
+    trainer = make_trainer(config)
     assert trainer.score() < start, "nothing to learn"
-    assert config.generations is not None
-    for _ in range(config.generations):
+    assert config.schedule.generations is not None
+    for _ in range(config.schedule.generations):
         trainer.generation()
         if trainer.score() >= goal:
             break
@@ -35,8 +36,8 @@ def learn(config: TrainConfig, start: float, goal: float) -> float:
 
 @pytest.mark.parametrize("perturbation", ["flipout", "low_rank", "dense"])
 def test_cartpole(perturbation: Any) -> None:
-    config = TrainConfig(
-        env_id="CartPole-v1",
+    config = TrainConfig.of(
+        "CartPole-v1",
         generations=40,
         seed=2,
         population_size=32,
@@ -49,8 +50,8 @@ def test_cartpole(perturbation: Any) -> None:
 
 
 def test_mountain_car_continuous() -> None:
-    config = TrainConfig(
-        env_id="MountainCarContinuous-v0",
+    config = TrainConfig.of(
+        "MountainCarContinuous-v0",
         generations=20,
         population_size=32,
         sigma=0.3,
@@ -62,8 +63,8 @@ def test_mountain_car_continuous() -> None:
 
 
 def test_inverted_pendulum() -> None:
-    config = TrainConfig(
-        env_id="InvertedPendulum-v5",
+    config = TrainConfig.of(
+        "InvertedPendulum-v5",
         generations=60,
         population_size=32,
         sigma=0.1,
@@ -76,7 +77,7 @@ def test_inverted_pendulum() -> None:
 
 def test_nothing_is_learned_without_a_step() -> None:
     # The measure itself: with steps too small to matter the score stays where it is.
-    config = TrainConfig(env_id="CartPole-v1", generations=5, population_size=8, sigma=0.5, learning_rate=1e-9)
+    config = TrainConfig.of("CartPole-v1", generations=5, population_size=8, sigma=0.5, learning_rate=1e-9)
     assert learn(config, start=100, goal=500) < 100
 
 
@@ -132,8 +133,8 @@ def _registered() -> Iterator[None]:
 @pytest.mark.usefixtures("_registered")
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_memory(cell: Any) -> None:
-    config = TrainConfig(
-        env_id="Recall-v0",
+    config = TrainConfig.of(
+        "Recall-v0",
         generations=60,
         population_size=64,
         sigma=0.2,
@@ -150,8 +151,8 @@ def test_memory(cell: Any) -> None:
 
 @pytest.mark.usefixtures("_registered")
 def test_images() -> None:
-    config = TrainConfig(
-        env_id="Spot-v0",
+    config = TrainConfig.of(
+        "Spot-v0",
         generations=80,
         population_size=64,
         sigma=0.1,

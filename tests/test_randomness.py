@@ -1,4 +1,4 @@
-"""Addressed random numbers: the published generator, fair and independent values, nothing but the address counts."""
+"""Addressed random numbers: known answers, fair and independent values, and dependence on nothing but the address."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -88,11 +88,11 @@ def test_every_part_of_the_address_matters(draw: Draw) -> None:
     ]
     rows = torch.cat([draw(address, stream, torch.tensor([0, 1, 2**31]), 256) for address, stream in places])
     assert len(rows) == len(places) * 3 == 4 * 3 * 3 * 9 * 3
-    if draw is signs:  # as many agreements of any two rows as chance has: 256 fair coins
+    if draw is signs:  # any two rows agree as often as by chance: 256 fair coins
         agreements = (256 + rows.to(torch.float32) @ rows.to(torch.float32).T) / 2
         agreements.fill_diagonal_(128)
         assert (agreements - 128).abs().max() < 6.5 * 8
-    else:  # of 250000 values chance repeats 7 of 32 bits, 14 of 31 bits, some 570 float32; a repeated row would be 256
+    else:  # by chance, of 250000 values 7 repeat with 32 bits, 14 with 31, some 570 in float32; a repeated row adds 256
         repeated = rows.numel() - len(rows.unique())
         assert repeated < (750 if draw is normals else 50)
 
@@ -151,10 +151,10 @@ def test_signs_are_fair_and_uncorrelated() -> None:
     products = few @ few.T / size
     products.fill_diagonal_(0)
     assert products.abs().max() < 6.5 / size**0.5, "two members agree too often"
-    # the same for products of three and four positions, which a parity of the others would give away
+    # the same for products of three and four positions, which would reveal signs that are parities of others
     triples = (rows[:, :-2] * rows[:, 1:-1]).T @ rows / n
     for i in range(size - 2):
-        triples[i, i] = triples[i, i + 1] = 0  # a square times the third: no product of three
+        triples[i, i] = triples[i, i + 1] = 0  # the square of a sign is 1, so this is not a product of three
     assert triples.abs().max() < 5.5 / n**0.5
     fours = (rows[:, ::2] * rows[:, 1::2]).T @ (rows[:, ::2] * rows[:, 1::2]) / n
     fours.fill_diagonal_(0)
@@ -172,11 +172,11 @@ def test_signs_have_full_variety() -> None:
     members = 1 << 16
     rows = signs(HERE, Stream.INPUT_SIGNS, torch.arange(members), 64)
     packed = ((rows.long() + 1) // 2 << torch.arange(64)).sum(1)
-    assert len(packed.unique()) == members  # a chance of 1e-10 to be fewer
+    assert len(packed.unique()) == members  # fewer with probability 1e-10
 
 
 def test_sign_rows_span_everything_over_two_elements() -> None:
-    """Signs that are parities of the bits of the member's number would span 9 dimensions, not 256."""
+    """Signs that are parities of bits of the member's number would span 9 dimensions, not 256."""
     bits = (signs(HERE, Stream.INPUT_SIGNS, torch.arange(512), 256) > 0).int()
     for negated in (bits, 1 - bits):
         rows, rank = negated.clone(), 0
@@ -223,9 +223,9 @@ def test_normal_table_has_unit_variance_and_is_antisymmetric() -> None:
 def test_normals_are_independent() -> None:
     n = 10000
     x = normals(HERE, Stream.WEIGHT, torch.arange(n), 32).double()
-    for values in (x, x.square() - 1):  # also the sizes, which are independent only where the numbers are
+    for values in (x, x.square() - 1):  # also the magnitudes, which are independent only if the numbers are
         products = (values.T @ values / n) / values.square().mean()
         products.fill_diagonal_(0)
         assert products.abs().max() < 5.5 / n**0.5
     between = x[1:].mul(x[:-1]).mean(0)
-    assert between.abs().max() < 5 / n**0.5, "neighbouring members"
+    assert between.abs().max() < 5 / n**0.5, "neighboring members"

@@ -1,4 +1,4 @@
-"""A small environment that recognises its own steps, and a population that signs its actions: for rollout tests."""
+"""A small environment that recognizes its own steps, and a population that signs its actions: for rollout tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from es_flipout.envs.base import BatchEnv, EnvironmentFailureError
-from es_flipout.player import LocalPlayer
-from es_flipout.trainer import Trainer
+from es_flipout.rollout.players import LocalPlayer
+from es_flipout.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class SignedRows:
         self.members[rows] = members
 
 
-def lanes_of(trainer: Trainer) -> list[BatchEnv]:
+def lanes_of(trainer: Trainer) -> tuple[BatchEnv, ...]:
     """The environments in which a trainer plays by itself."""
     assert isinstance(trainer.player, LocalPlayer)
     return trainer.player.envs

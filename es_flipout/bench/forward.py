@@ -1,11 +1,11 @@
-"""``bench forward``: the forward of a population against plain inference of the unperturbed network at the same batch.
+"""``bench forward``: the population forward against plain inference of the unperturbed network at the same batch size.
 
-One member per row. Populations are prepared as in a rollout (members selected once), and only forwards are timed.
-``vmap`` is ``torch.func.vmap`` over stacked dense parameters, the way of general toolboxes. What would need more memory
-than allowed is left out, with the bytes in the table.
+There is one member per row. Populations are prepared as in a rollout (members are selected once), and only forwards are
+timed. ``vmap`` is ``torch.func.vmap`` over stacked dense parameters, as general-purpose toolboxes do it. Methods that would
+exceed the memory limit are skipped, and the table shows the bytes they would need.
 
-The second table is the memory of 65,536 members of a Humanoid policy: what is really stored, found by walking all tensors
-that a population (and a selection of it, as large as a rollout's slots) holds.
+The second table is the memory of 65,536 members of a Humanoid policy: the bytes actually stored, found by walking all tensors
+that a population (and a selection of it, with as many members as a rollout has slots) holds.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from es_flipout.bench.timing import Measure, interleave, repeated, report
 from es_flipout.bench.ways import WAYS, Point, Way, measure, measure_wide, network_way, table
 from es_flipout.errors import UserError
 from es_flipout.kernels import Precision
-from es_flipout.memory import stored_bytes
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
-from es_flipout.policies import MLP
-from es_flipout.strategy import EvolutionStrategy
+from es_flipout.policies.networks import MLP
+from es_flipout.rollout.memory import show_bytes, stored_bytes
+from es_flipout.strategy.evolution_strategy import EvolutionStrategy
 
 FamilyName = Literal["flipout", "flipout_gaussian_8", "low_rank", "dense", "vmap"]
 Forward = Callable[[], object]
@@ -42,46 +42,46 @@ _FAMILIES: dict[str, Family] = {
     "low_rank": LowRank(rank=1),
     "dense": Dense(),
 }
-_DENSE_COPIES = {"dense": 1.5, "vmap": 1.0}  # of all weights of all members: the dense family also keeps its sources
+_DENSE_COPIES = {"dense": 1.5, "vmap": 1.0}  # copies of all members' weights: dense also keeps its noise sources
 _FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardBench:
-    """Population forward against plain inference of the unperturbed network, one thread."""
+    """Compare the population forward with plain inference of the unperturbed network, on one thread."""
 
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Widths of the two hidden layers."""
     populations: tuple[int, ...] = (256, 4096, 65536)
-    """Population sizes, which are the batch sizes of plain inference."""
+    """Population sizes, which are also the batch sizes of plain inference."""
     families: tuple[FamilyName, ...] = ("flipout", "low_rank", "dense", "vmap")
-    """What to compare with plain inference."""
+    """Perturbation families to compare with plain inference."""
     rounds: int = 5
-    """Rounds; medians of them are shown."""
+    """Number of rounds; medians over rounds are shown."""
     seconds_per_point: float = 0.2
-    """Aim of one measurement; a single forward may take longer."""
+    """Target duration of one measurement; a single forward may take longer."""
     memory_limit_gib: float = 4.0
-    """Leave out what needs more memory than this."""
+    """Skip methods that need more memory than this."""
     memory_members: int = 65536
-    """Members of the memory table; 0 leaves it out."""
+    """Members in the memory table; 0 omits the table."""
     memory_hidden: tuple[int, ...] = (256, 256)
-    """Hidden layers of the memory table."""
+    """Hidden layer sizes in the memory table."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to measure; on CUDA all ways, with and without kernels, instead of families."""
+    """Device; on CUDA all implementations (ways), with and without kernels, are measured instead of families."""
     ways: tuple[Way, ...] | None = None
-    """Ways to compute the forward, each beside plain inference; by default all of them on CUDA and none on the CPU."""
+    """Implementations to compare with plain inference; by default all of them on CUDA and none on the CPU."""
     precisions: tuple[Precision, ...] = ("ieee", "tf32", "bf16")
-    """Precisions of products that the ways are measured in."""
+    """Precisions of matrix products to measure the implementations in."""
     wide: int = 8192
-    """Width of the single bf16 layer that is measured with the ways; 0 leaves it out."""
+    """Width of the single bf16 layer that is measured with each implementation; 0 omits it."""
     wide_batch: int = 1024
-    """Rows through the wide layer."""
+    """Batch size of the wide layer."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result to this file."""
 
 
 def run(options: ForwardBench, console: Console) -> dict[str, Any]:
-    """Measure, print tables, return the JSON-ready result."""
+    """Measure, print tables, and return the JSON-serializable result."""
     ways = options.ways if options.ways is not None else WAYS if options.device == "cuda" else ()
     if ways:
         return _run_ways(options, ways, console)
@@ -106,7 +106,7 @@ def run(options: ForwardBench, console: Console) -> dict[str, Any]:
 
 def _run_ways(options: ForwardBench, ways: tuple[Way, ...], console: Console) -> dict[str, Any]:
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no CUDA GPU here; use --device cpu")
+        raise UserError("device cuda was requested, but torch finds no CUDA GPU; use --device cpu")
     device = torch.device(options.device)
     limit = options.memory_limit_gib * 2**30
 
@@ -125,7 +125,7 @@ def _run_ways(options: ForwardBench, ways: tuple[Way, ...], console: Console) ->
                     sizes = {"width": width, "population": population}
                     point = _ways_point(device, width, population, precision)
                     points.append(measure(ways, make, sizes, point, options.rounds, options.seconds_per_point))
-    console.print(table("Population forward ÷ plain inference of the unperturbed network, by way", points))
+    console.print(table("Population forward ÷ plain inference of the unperturbed network, by implementation", points))
     wide: list[dict[str, Any]] = []
     if options.wide:
         with console.status("wide layer"):
@@ -215,7 +215,7 @@ def _measure_memory(options: ForwardBench) -> list[dict[str, Any]]:
 def _forward_table(options: ForwardBench, points: list[dict[str, Any]]) -> Table:
     table = Table(
         title="Population forward ÷ plain inference of the unperturbed network (rates)",
-        caption=f"Median of {options.rounds} rounds (smallest-largest); - would need the given memory.",
+        caption=f"Median of {options.rounds} rounds (smallest-largest); - was skipped, as it would need the given memory.",
     )
     for name in ("width", "population", "plain ms", *options.families):
         table.add_column(name, justify="right")
@@ -235,7 +235,7 @@ def _memory_table(options: ForwardBench, rows: list[dict[str, Any]]) -> Table:
     layers = "-".join(str(size) for size in rows[0]["layers"])
     table = Table(
         title=f"Memory of {options.memory_members:,} members, {layers}",
-        caption="Stored for the population, and for a selection of 1024 slots; dense is computed, not allocated.",
+        caption="Stored for the population, and for a selection of 1024 slots; dense is calculated, not allocated.",
     )
     for name in ("family", "population", "selection"):
         table.add_column(name, justify="left" if name == "family" else "right")
@@ -243,8 +243,3 @@ def _memory_table(options: ForwardBench, rows: list[dict[str, Any]]) -> Table:
         selection = "-" if row["selection_bytes"] is None else show_bytes(row["selection_bytes"])
         table.add_row(row["family"], show_bytes(row["population_bytes"]), selection)
     return table
-
-
-def show_bytes(count: int) -> str:
-    """Bytes in decimal MB or GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

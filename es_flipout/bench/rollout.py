@@ -1,18 +1,19 @@
-"""``bench rollout``: environment steps per second of training against bare physics, and against Gymnasium's async vectors.
+"""``bench rollout``: environment steps per second of training against bare physics and Gymnasium's async vectorization.
 
 - ``physics``: ``mujoco.batch.Batch`` alone, with the model, options, threads and number of simulations of the training
-  run. It replays the start states and actions of a generation, so that it steps through the very same contacts, but has
-  no policy, observations or rewards.
+  run. It replays the start states and actions of a generation, so that it steps through the same contacts, but has no
+  policy, observations or rewards.
 - ``training``: :meth:`Trainer.generation` as ``es-flipout train`` runs it (ask, play, tell; no scoring), with a learning
-  rate so small that the policies, and with them the physics, stay the same from round to round.
+  rate so small that the policies, and therefore the physics, stay the same from round to round.
 - ``gymnasium``: ``gymnasium.make_vec(..., "async")`` with the same policy network in torch; the better of 2 and 32
   environments.
 
 Ant, Humanoid and HumanoidStandup need contact forces, which ``mj_step`` does not compute; ``physics_and_forces`` is the
 bare physics with them (``mj_rnePostConstraint`` after each step, as in Gymnasium).
 
-Episodes are as long as a measurement asks for, up to the environment's own limit. Episodes that end early would leave the
-bare physics with other work, so walkers and humanoids are not stopped when they fall (``terminate_when_unhealthy``).
+Episode length is chosen to fit the duration of a measurement, up to the environment's own limit. If episodes ended early,
+training and bare physics would do different work, so falling does not end the episodes of walkers and humanoids
+(``terminate_when_unhealthy=False``).
 """
 
 from __future__ import annotations
@@ -33,43 +34,46 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from typing_extensions import override
 
-from es_flipout.agent import Agent
-from es_flipout.bench.rollout_gpu import measure_point
+from es_flipout.bench.contenders import WrappedEnv
 from es_flipout.bench.timing import Measure, Measured, interleave, repeated, report, timed
 from es_flipout.config import TrainConfig
 from es_flipout.envs import BatchEnv, make_env
 from es_flipout.envs.mujoco_contact import ContactForceBatch
 from es_flipout.envs.mujoco_cpu import MujocoBatchEnv, usable_cores
 from es_flipout.errors import UserError
-from es_flipout.player import LocalPlayer
-from es_flipout.trainer import Trainer
+from es_flipout.policies.agent import Agent
+from es_flipout.rollout.builder import build
+from es_flipout.rollout.players import LocalPlayer
+from es_flipout.training.setup import make_trainer
+from es_flipout.training.trainer import Trainer
 
 _WALKERS = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
 _NEVER_END: Mapping[str, Mapping[str, Any]] = {name: {"terminate_when_unhealthy": False} for name in _WALKERS}
 _GYMNASIUM_ENVS = (2, 32)
 _OTHERS = ("physics", "physics_and_forces", "gymnasium")
-_CAPTION = "Ratios: median of the rounds (smallest-largest). Physics replays the states and actions of training."
+_CAPTION = "Ratios: median over rounds (smallest-largest). Physics replays the states and actions of training."
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBench:
-    """Training environment steps per second against bare physics, side by side."""
+    """Compare the environment steps per second of training with those of bare physics."""
 
     env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Humanoid-v5")
     """MuJoCo environments."""
     populations: tuple[int, ...] = (128, 256, 512)
     """Population sizes."""
     rounds: int = 5
-    """Rounds; medians of them are shown."""
+    """Number of rounds; medians over rounds are shown."""
     seconds: float = 3.0
-    """Aim of one measurement: episodes are shortened to fit."""
+    """Target duration of one measurement; episodes are shortened to fit."""
     shortest_episode: int = 100
-    """Episodes are not shortened to fewer steps than this."""
+    """Minimum number of steps of the shortened episodes."""
     threads: int | None = None
-    """Physics threads; by default one for each core."""
+    """Physics threads; by default one per core."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to train; cuda compares with bare mujoco-warp, a world for each member (es_flipout.bench.rollout_gpu)."""
+    """Where to train; cuda compares with bare mujoco-warp, one world per member (es_flipout.bench.rollout_gpu)."""
     gymnasium: bool = False
     """Also measure gymnasium.make_vec(..., "async")."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -77,10 +81,10 @@ class RolloutBench:
 
 
 def run(options: RolloutBench, console: Console) -> dict[str, Any]:
-    """Measure, print a table, return the JSON-ready result.
+    """Measure, print a table, and return the JSON-serializable result.
 
     Raises:
-        UserError: an environment is not one of the native MuJoCo ones, or ends episodes early.
+        UserError: an environment is not a native MuJoCo environment, or ends episodes early.
     """
     results: list[dict[str, Any]] = []
     for env_id in options.env_ids:
@@ -94,12 +98,14 @@ def run(options: RolloutBench, console: Console) -> dict[str, Any]:
 def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[str, Any]:
     kwargs = dict(_NEVER_END.get(env_id, {}))
     if options.device == "cuda":
+        from es_flipout.bench.rollout_gpu import measure_point  # imports warp, an optional dependency
+
         return measure_point(
             _gpu_config(env_id, population, kwargs), options.seconds, options.shortest_episode, options.rounds
         )
     kwargs["max_episode_steps"] = _episode_steps(options, env_id, population, kwargs)
-    config = TrainConfig(
-        env_id=env_id,
+    config = TrainConfig.of(
+        env_id,
         env_kwargs=json.dumps(kwargs),
         population_size=population,
         hidden=(64, 64),
@@ -107,7 +113,7 @@ def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[
         generations=2**31,
         threads=options.threads,
     )
-    trainer = Trainer(config)
+    trainer = make_trainer(config, build=lambda config, say: build(config, say, wrap_env=_Recorder))
     physics = _Physics(trainer)
     measures: dict[str, Measure] = {
         "physics": physics.plain(),
@@ -139,8 +145,8 @@ def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[
 
 
 def _gpu_config(env_id: str, population: int, kwargs: Mapping[str, Any]) -> TrainConfig:
-    return TrainConfig(
-        env_id=env_id,
+    return TrainConfig.of(
+        env_id,
         env_kwargs=json.dumps(kwargs),
         population_size=population,
         hidden=(64, 64),
@@ -153,7 +159,7 @@ def _gpu_config(env_id: str, population: int, kwargs: Mapping[str, Any]) -> Trai
 
 
 def _episode_steps(options: RolloutBench, env_id: str, population: int, kwargs: Mapping[str, Any]) -> int:
-    """The length of episodes with which one generation takes about the seconds that were asked for."""
+    """Return the episode length with which one generation takes about ``options.seconds``."""
     env = _mujoco_env(env_id, population, options.threads, kwargs)
     env.reset(torch.arange(population))
     action = torch.zeros(population, *env.action_space.shape or ())
@@ -162,22 +168,26 @@ def _episode_steps(options: RolloutBench, env_id: str, population: int, kwargs: 
     return min(max(round(steps_per_s * options.seconds), options.shortest_episode), env.max_episode_steps or 1000)
 
 
-class _Recorder(BatchEnv):
-    """An environment that remembers the seeds and actions it was given."""
+class _Recorder(WrappedEnv):
+    """Environments that record the seeds and actions they receive while ``recording`` is true."""
+
+    recording = False
 
     def __init__(self, env: BatchEnv) -> None:
-        for name in BatchEnv.__annotations__:
-            setattr(self, name, getattr(env, name))
-        self.env = env
+        super().__init__(env)
         self.seeds = torch.zeros(0)
         self.actions: list[Tensor] = []
 
+    @override
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.seeds = seeds
+        if self.recording:
+            self.seeds = seeds
         return self.env.reset(seeds, mask)
 
+    @override
     def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        self.actions.append(action)
+        if self.recording:
+            self.actions.append(action)
         return self.env.step(action, live)
 
 
@@ -185,31 +195,33 @@ class _Physics:
     """Bare physics with the start states and actions of one generation of a trainer.
 
     Attributes:
-        env: all simulations in one batch.
+        env: all simulations, in one batch.
         has_forces: whether the environment computes contact forces after a step.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         config, player = trainer.config, trainer.player
         assert isinstance(player, LocalPlayer)
-        lanes, recorders = player.envs, [_Recorder(env) for env in player.envs]
-        player.envs = list[BatchEnv](recorders)
-        try:
-            played = trainer.generation()
-        finally:
-            player.envs = lanes
-        if int(played.lengths.min()) != int(played.lengths.max()) or len(played.lengths) != config.population_size:
-            raise UserError(f"{config.env_id} ends episodes early, so physics and training would do different work")
-        self.env = _mujoco_env(config.env_id, config.population_size, config.threads, config.parsed_env_kwargs())
+        recorders = [env for env in player.envs if isinstance(env, _Recorder)]
+        for recorder in recorders:
+            recorder.recording = True
+        played = trainer.generation()
+        for recorder in recorders:
+            recorder.recording = False
+        population, env_id = config.strategy.population_size, config.task.env_id
+        if int(played.lengths.min()) != int(played.lengths.max()) or len(played.lengths) != population:
+            raise UserError(f"{env_id} ends episodes early, so physics and training would do different work")
+        threads = config.compute.threads
+        self.env = _mujoco_env(env_id, population, threads, config.task.parsed_env_kwargs())
         self._seeds = torch.cat([recorder.seeds for recorder in recorders])
         moments = zip(*(recorder.actions for recorder in recorders), strict=True)
         self._actions: list[NDArray[np.float64]] = [torch.cat(parts).double().numpy() for parts in moments]
-        self._threads = min(config.threads or usable_cores(), config.population_size)
-        self.has_forces = not isinstance(self.env._batch, Batch)
+        self._threads = min(threads or usable_cores(), population)
+        self.has_forces = not isinstance(self.env.batch, Batch)
 
     def plain(self) -> Measure:
-        """Measures ``mujoco.batch.Batch``."""
-        env, own = self.env, self.env._batch
+        """Return a measurement of ``mujoco.batch.Batch``."""
+        env, own = self.env, self.env.batch
         if isinstance(own, Batch):
             return self.with_forces()
         batch = Batch(own._model, env.num_envs, nthread=self._threads)
@@ -224,11 +236,11 @@ class _Physics:
         return self._measure(batch, start)
 
     def with_forces(self) -> Measure:
-        """Measures the environment's own batch."""
-        return self._measure(self.env._batch, lambda: self.env.reset(self._seeds))
+        """Return a measurement of the environment's own batch."""
+        return self._measure(self.env.batch, lambda: self.env.reset(self._seeds))
 
     def _measure(self, batch: Batch | ContactForceBatch, start: Callable[[], object]) -> Measure:
-        frame_skip, ctrl = self.env._task.frame_skip, batch.bind("ctrl")
+        frame_skip, ctrl = self.env.frame_skip, batch.bind("ctrl")
 
         def step_all() -> int:
             for action in self._actions:
@@ -250,18 +262,18 @@ class _AsyncGymnasium:
         torch.manual_seed(0)
         self._seconds = seconds
         self._vector = gymnasium.make_vec(
-            config.env_id,
+            config.task.env_id,
             num_envs=num_envs,
             vectorization_mode="async",
-            # forking a process that has threads (torch's, MuJoCo's) is not safe
+            # forking a process with threads (torch's, MuJoCo's) is not safe
             vector_kwargs={"context": "forkserver"},
-            **config.parsed_env_kwargs(),
+            **config.task.parsed_env_kwargs(),
         )
         self._agent = Agent(config, self._vector.single_observation_space, self._vector.single_action_space)
         self._observation, _ = self._vector.reset(seed=0)
 
     def __call__(self) -> Measured:
-        """Measures environment steps."""
+        """Measure environment steps."""
         return timed(self._play)
 
     def _play(self) -> int:
@@ -273,7 +285,7 @@ class _AsyncGymnasium:
         return steps
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the processes."""
         self._vector.close()
 
 

@@ -1,6 +1,7 @@
-"""Side-by-side timing: what is compared runs in turns (A B C A B C ...), and ratios are taken round by round.
+"""Interleaved timing: contenders are measured in turn (A B C A B C ...), and ratios are taken within a round.
 
-A busy or throttled machine slows neighbours in time alike, so a ratio within a round is far steadier than either rate.
+A busy or throttled machine slows down consecutive measurements alike, so a ratio within a round varies much less than the
+rates themselves.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from es_flipout.checkpoint import atomic_write
 from es_flipout.runinfo import environment
+from es_flipout.training.checkpoint import atomic_write
 
 
 class Measured(NamedTuple):
-    """Work that was done (calls, steps) and the seconds it took."""
+    """Completed work (calls, steps) and the seconds it took."""
 
     work: float
     seconds: float
@@ -36,7 +37,7 @@ Measure = Callable[[], Measured]
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of the rounds."""
+    """Median, minimum and maximum over rounds."""
 
     median: float
     min: float
@@ -44,27 +45,27 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
+        """Compute the spread of at least one value."""
         return cls(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Rates (work per second) by name; entry ``i`` of each is from round ``i``."""
+    """Rates (work per second) by name; entry ``i`` of each sequence is from round ``i``."""
 
     rates: Mapping[str, Sequence[float]]
 
     def rate(self, name: str) -> Spread:
-        """Rate of one of them."""
+        """Return the spread of the rate of ``name``."""
         return Spread.of(self.rates[name])
 
     def ratio(self, name: str, to: str) -> Spread:
-        """Rate of ``name`` divided by the rate of ``to`` in the same round."""
+        """Return the spread of the rate of ``name`` divided by the rate of ``to`` in the same round."""
         return Spread.of([a / b for a, b in zip(self.rates[name], self.rates[to], strict=True)])
 
 
 def interleave(measures: Mapping[str, Measure], rounds: int, warmup: int = 1) -> SideBySide:
-    """Measure everything once in every round, in the given order, after ``warmup`` rounds that do not count.
+    """Measure everything once per round, in the given order, after ``warmup`` rounds that are discarded.
 
     Raises:
         ValueError: ``rounds`` < 1.
@@ -81,14 +82,17 @@ def interleave(measures: Mapping[str, Measure], rounds: int, warmup: int = 1) ->
 
 
 def timed(play: Callable[[], float]) -> Measured:
-    """Call something that returns the work it has done."""
+    """Time a call of a function that returns the work it has done."""
     started = time.perf_counter()
     work = play()
     return Measured(work, time.perf_counter() - started)
 
 
 def repeated(call: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter) -> Measure:
-    """Measures calls per second, with as many calls as fill about ``seconds`` (found out now) and at least one."""
+    """Return a measurement of calls per second, with at least one call and as many as take about ``seconds``.
+
+    The number of calls is determined now, by a trial.
+    """
     call()
     started, calls = clock(), 0
     while calls == 0 or clock() - started < seconds / 5:
@@ -106,7 +110,7 @@ def repeated(call: Callable[[], object], seconds: float, clock: Callable[[], flo
 
 
 def repeated_on(device: torch.device, call: Callable[[], object], seconds: float) -> Measure:
-    """As :func:`repeated`; on CUDA the device's own events measure, and every measurement waits for what was started."""
+    """Like :func:`repeated`, but CUDA events measure the time on a GPU, and a measurement waits for all launched work."""
     if device.type != "cuda":
         return repeated(call, seconds)
 
@@ -129,7 +133,7 @@ def repeated_on(device: torch.device, call: Callable[[], object], seconds: float
 
 
 def report(command: str, options: Mapping[str, Any], results: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    """The JSON-ready result of a benchmark, written to ``path`` where one is given."""
+    """Return the JSON-serializable result of a benchmark, and write it to ``path`` if one is given."""
     whole = {"command": command, "options": dict(options), "environment": environment(), "results": dict(results)}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""``bench forward --device cuda``: every way to compute the forward of a population, beside plain inference.
+"""``bench forward --device cuda``: every implementation ("way") of the population forward against plain inference.
 
-All ways of a point share inputs and sizes, one member for each row, and are measured in turns. On CUDA a way is a replay of
-its CUDA graph unless its name ends in ``eager``, so that no launch from Python is in the numbers; ``plain_compiled`` is what
-``torch.compile`` with ``max-autotune`` makes of the unperturbed network, with a graph. Ratios are to that, or where it is not
-measured (on the CPU) to ``plain``. ``ieee`` is float32 throughout; ``tf32`` and ``bf16`` are the inputs of products, also of
-plain inference.
+All ways of a point share inputs and sizes, with one member per row, and are measured in turn. On CUDA a way is the replay of
+its CUDA graph, which excludes launch overhead from Python, unless its name ends in ``eager``. ``plain_compiled`` is the
+unperturbed network compiled by ``torch.compile`` with ``max-autotune``, with a graph. It is the reference of all ratios;
+where it is not measured (on the CPU), ``plain`` is. ``ieee`` is float32 throughout; ``tf32`` and ``bf16`` are the formats of
+the inputs of matrix products, also in plain inference.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from es_flipout.bench.timing import Measure, interleave, repeated_on
 from es_flipout.errors import UserError
-from es_flipout.kernels import Precision, chosen
+from es_flipout.kernels import MemberNoise, Precision, chosen
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 from es_flipout.randomness import Address, Stream, signs
-from es_flipout.strategy import EvolutionStrategy
+from es_flipout.strategy.evolution_strategy import EvolutionStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ class Point:
 
     @property
     def narrow(self) -> Point:
-        """The same for torch, which takes its precision from the tensors."""
+        """The same point for torch, whose precision is that of the tensors."""
         if self.precision != "bf16":
             return self
         return replace(self, module=copy.deepcopy(self.module).bfloat16(), x=self.x.bfloat16())
@@ -65,7 +65,7 @@ def measure(
     rounds: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Rates of all ways at one point; what cannot be computed is left out, with the reason."""
+    """Measure the rates of all ways at one point; ways that cannot be computed are skipped, with the reason."""
     measures: dict[str, Measure] = {}
     left_out: dict[str, str] = {}
     with _matmul_precision(point.precision):
@@ -90,14 +90,14 @@ def measure(
 
 
 def network_way(vmap: Callable[[nn.Module, Tensor], Forward], point: Point, way: Way) -> Forward:
-    """A network's forward; ``vmap`` makes the one over stacked dense parameters."""
+    """Return a network's forward in one way; ``vmap`` creates the one over stacked dense parameters."""
     own = point.narrow
     match way:
         case "plain" | "plain_eager":
             return _plain(own.module, own.x)
         case "plain_compiled":
             if point.device.type != "cuda":
-                raise UserError("compiled with a CUDA graph: needs a CUDA device")
+                raise UserError("compilation with a CUDA graph requires a CUDA device")
             return _plain(torch.compile(own.module, mode="max-autotune"), own.x)
         case "vmap":
             return vmap(own.module, own.x)
@@ -123,7 +123,7 @@ def _population(point: Point, family: Family, kernels: Literal["torch", "triton"
     if layers and network is not None:
         network.in_one_kernel = False
     elif network is not None and not network.in_one_kernel:
-        raise UserError("too wide or too deep for one kernel")
+        raise UserError("the network is too wide or too deep for one kernel")
     selection = population.select(torch.arange(n, device=point.device))
     return lambda: selection(point.x)
 
@@ -137,13 +137,13 @@ def _plain(module: Callable[[Tensor], Tensor], x: Tensor) -> Forward:
 
 
 def graphed(device: torch.device, forward: Forward) -> Forward:
-    """The replay of a CUDA graph of ``forward``; on the CPU ``forward`` itself."""
+    """Return the replay of a CUDA graph of ``forward``; on the CPU, return ``forward`` itself."""
     if device.type != "cuda":
         return forward
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels are compiled and tuned, libraries make their workspaces
+        for _ in range(3):  # warm-up: kernels are compiled and tuned, libraries allocate their workspaces
             forward()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -163,7 +163,7 @@ def _matmul_precision(precision: Precision) -> Iterator[None]:
 
 
 def measure_wide(device: torch.device, width: int, batch: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """One square linear layer in bf16, with as many members as rows."""
+    """Measure one square linear layer in bf16, with one member per row."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(width, width, generator=generator) / width**0.5).bfloat16().to(device)
     x = torch.randn(batch, width, generator=generator).bfloat16().to(device)
@@ -187,7 +187,7 @@ def _wide_way(way: WideWay, x: Tensor, weight: Tensor) -> Forward:
             chosen("triton", device, torch.float32)
             from es_flipout.kernels.low_rank import low_rank_linear
 
-            return lambda: low_rank_linear(x, weight, left, right, members, 2, _SIGMA)
+            return lambda: low_rank_linear(x, weight, left, right, MemberNoise(members, 2, _SIGMA))
         scale = (_SIGMA * (1 - 2 * (members % 2))).bfloat16()[:, None]
         of_left, of_right = left[members // 2, 0] * scale, right[members // 2, 0]
         return lambda: torch.addcmul(x @ weight.T, (x * of_right).sum(-1, keepdim=True), of_left)
@@ -204,20 +204,20 @@ def _wide_way(way: WideWay, x: Tensor, weight: Tensor) -> Forward:
 
     if way == "flipout_fp8":
         if device.type != "cuda":
-            raise UserError("products of fp8 numbers: need a CUDA device")
+            raise UserError("fp8 matrix products require a CUDA device")
         base = base.to(torch.float8_e4m3fn)
     r, s = (sign_words(Address(0), of, sources, width) for of in (Stream.OUTPUT_SIGNS, Stream.INPUT_SIGNS))
     layer = FlipoutLayer(weight, base[None], r, s)
     if way == "flipout_layers":
-        return lambda: linear(x, layer, members, 2, _SIGMA, "bf16")
-    return lambda: linear_by_library(x, layer, members, 2, _SIGMA)
+        return lambda: linear(x, layer, MemberNoise(members, 2, _SIGMA, "bf16"))
+    return lambda: linear_by_library(x, layer, MemberNoise(members, 2, _SIGMA))
 
 
 def table(title: str, points: Sequence[dict[str, Any]]) -> Table:
-    """Ratios to plain inference, a row for each point."""
+    """Return a table of ratios to plain inference, with one row per point."""
     ways = list(dict.fromkeys(way for point in points for way in (*point["seconds"], *point["left_out"])))
     found = Table(
-        title=title, caption="Rates ÷ the reference, median of the rounds; - was left out (the JSON says why)."
+        title=title, caption="Rates ÷ the reference, median over rounds; - was skipped (the JSON gives the reason)."
     )
     for name in ("width", "population", "precision", "reference ms", *ways):
         found.add_column(name, justify="right")

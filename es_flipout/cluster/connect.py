@@ -1,4 +1,4 @@
-"""The connection to Ray: started here with the cores there are, or joined at an address."""
+"""The connection to Ray: started on this machine with all usable cores, or joined at an address."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from typing import Any
 from es_flipout.envs.mujoco_cpu import usable_cores
 from es_flipout.errors import UserError
 
-_ANSWER_S = 5.0  # to an address where a cluster should be
-_OBJECT_STORE_BYTES = 256 << 20  # weights of one generation travel, nothing else
+_ANSWER_S = 5.0  # timeout for an answer from the address of a cluster
+_OBJECT_STORE_BYTES = 256 << 20  # it only holds the weights and messages of one generation
 
 
 def import_ray() -> Any:
-    """The package ``ray``.
+    """Import and return the package ``ray``.
 
     Raises:
-        UserError: it is not installed.
+        UserError: Ray is not installed.
     """
-    # Ray asks the network for permission to report how it is used, unless told before it is imported.
+    # Disables usage statistics, for which Ray accesses the network; it must be set before the import.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError as error:
-        raise UserError(f"backend ray needs Ray: pip install 'es-flipout[ray]' ({error})") from None
+        raise UserError(f"backend ray requires Ray: pip install 'es-flipout[ray]' ({error})") from None
     return ray
 
 
 class Connection:
-    """A Ray that is there; what was started here is ended by :meth:`close`.
+    """A connection to Ray; :meth:`close` shuts down Ray if the connection started it.
 
     Attributes:
-        ray: the package.
-        nodes: cores of every node that lends some.
-        gpus: of all nodes.
+        ray: the package ``ray``.
+        nodes: number of cores of every node that offers any.
+        gpus: number of GPUs of all nodes.
     """
 
     def __init__(self, address: str | None = None, cores: int | None = None) -> None:
-        """Join the cluster at ``address``, or start Ray on this machine; a Ray that this process is connected to is used.
+        """Join the cluster at ``address``, or start Ray on this machine, unless this process is already connected to Ray.
 
         Args:
             address: ``host:port``, ``ray://host:port`` or ``auto`` (the cluster this machine belongs to).
-            cores: of a Ray that is started here; by default all that may be used.
+            cores: number of cores if Ray is started here; by default all usable cores.
 
         Raises:
-            UserError: Ray is not installed, nobody answers, or the cluster runs other versions.
+            UserError: Ray is not installed, the address does not answer, or the cluster runs other versions.
         """
         self.ray = ray = import_ray()
         self._is_ours = not ray.is_initialized()
@@ -71,24 +71,24 @@ class Connection:
         alive = [node for node in ray.nodes() if node["Alive"]]
         cores_of = (int(node["Resources"].get("CPU", 0)) for node in alive)
         self.gpus = sum(int(node["Resources"].get("GPU", 0)) for node in alive)
-        self.nodes = [count for count in cores_of if count]  # a head may keep its cores for itself
+        self.nodes = [count for count in cores_of if count]  # a head node may offer no cores
 
     @property
     def cores(self) -> int:
-        """Cores of all nodes."""
+        """Number of cores of all nodes."""
         return sum(self.nodes)
 
     def close(self) -> None:
-        """Disconnect, and end what was started here."""
+        """Disconnect, and shut down Ray if it was started here."""
         if self._is_ours:
             self.ray.shutdown()
 
 
 def _knock(address: str) -> None:
-    """Complain within seconds if nobody is there; Ray itself tries for minutes.
+    """Check within seconds that something listens at the address; Ray itself retries for minutes.
 
     Raises:
-        UserError: the address is malformed, or nobody answers.
+        UserError: the address is malformed or does not answer.
     """
     if address == "auto":
         return
@@ -99,5 +99,5 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), _ANSWER_S).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or leave --ray-address out"
+            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or omit --ray-address"
         ) from None

@@ -1,59 +1,60 @@
-"""The engine on Ray: every worker plays shares of the population, and sends back returns, lengths and moments only.
+"""The engine on Ray: every worker plays shards of the population, and sends back only returns, lengths and moments.
 
-Down go, once a generation, the mean weights and the observation statistics (shared by the workers of a node); for every share its
-first member, its size and 8 bytes of start seed an episode. A worker draws the members' perturbations itself, since they are
-addressed by member. Up come 16 bytes an episode (return and length), and for every ``MOMENT_BLOCK`` episodes two sums over the
-observations. The result is that of one process to the bit, whoever plays which share. On GPUs,
-a worker each, that holds as far as the cards are alike, the kernels are used and the physics is deterministic.
+Workers receive the mean weights and observation statistics once per generation (one copy per node), and for every shard its
+first member, its size and a start seed of 8 bytes per episode. A worker draws the perturbations of the members itself, since
+they are addressed by member. It sends back 16 bytes per episode (return and length), and two sums over observations for every
+``MOMENT_BLOCK`` episodes. The result is bitwise identical to that of one process, for any assignment of shards to workers. On
+GPUs, one per worker, this requires identical GPUs, the Triton kernels and deterministic physics.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from es_flipout.agent import Agent
-from es_flipout.arrangement import local_player
 from es_flipout.cluster.connect import Connection
 from es_flipout.cluster.pool import Pool
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
-from es_flipout.observation_norm import Moments, ObservationNorm
-from es_flipout.perturbations import Members, family_of
-from es_flipout.player import LocalPlayer, Player, make_lanes, row_block_of, slots_for
-from es_flipout.policies import ActionMap
-from es_flipout.population import Population, Unperturbed, row_block_like
-from es_flipout.rollout import MOMENT_BLOCK, MOMENT_JOBS, Rollout
+from es_flipout.perturbations import Family, Members
+from es_flipout.policies.agent import Agent
+from es_flipout.policies.networks import initial_state
+from es_flipout.policies.observation_norm import Moments, ObservationNorm
+from es_flipout.randomness import Address
+from es_flipout.rollout.builder import Parts, build, family_of, forward_settings, local_player, make_strategy, slots_for
+from es_flipout.rollout.episodes import MOMENT_BLOCK, Episodes, Rollout, ShouldStop
+from es_flipout.rollout.players import LocalPlayer, Player
 from es_flipout.runinfo import versions
+from es_flipout.strategy.population import ForwardSettings, Population
+from es_flipout.strategy.row_block import tensors_in
+from es_flipout.strategy.unperturbed import Unperturbed
 
-_FEWEST_MEMBERS = 32  # of a share: fewer rows make the policy's forward dear
-_SHARES = 2  # that a worker plays in a generation, so that a fast one can take from a slow one
+_FEWEST_MEMBERS = 32  # minimum size of a shard: a row costs more in a forward with fewer rows
+_SHARDS_PER_WORKER = 2  # per generation, so that a fast worker can relieve a slow one
+_FEWEST_LIKE = 16  # every BLAS has special kernels for fewer rows
 
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What is the same for all shares of a generation; see :func:`es_flipout.rollout.run`."""
+    """What all shards of a generation have in common; see :class:`es_flipout.rollout.episodes.Episodes`."""
 
     number: int
     sigma: float
-    episodes: int
-    max_episode_steps: int | None
+    step_cap: int | None
     remove_alive_bonus: bool
-    collect_moments: bool
 
 
 @dataclass(frozen=True)
-class Share:
-    """Consecutive members: the number of the first, and the seeds of their start states ``(n, E)`` int64."""
+class Shard:
+    """Consecutive members: the number of the first one, and the seeds of their start states ``(n, E)`` int64."""
 
     first: int
     seeds: NDArray[np.int64]
@@ -62,7 +63,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What of a share's rollout travels back."""
+    """The parts of a shard's rollout that are sent back."""
 
     returns: NDArray[np.float64]
     lengths: NDArray[np.int64]
@@ -74,60 +75,43 @@ class Outcome:
 
 
 class ShardWorker:
-    """Plays shares; the body of a Ray actor, and just as well an object of this process."""
+    """Plays shards; used as a Ray actor, and in tests as an ordinary object."""
 
-    def __init__(self, config: TrainConfig, share: int, threads: int) -> None:
-        """Make environments and a policy.
+    def __init__(self, config: TrainConfig, size: int, threads: int) -> None:
+        """Create environments and a policy.
 
         Args:
-            config: of the run.
-            share: members of a share.
-            threads: physics threads.
+            config: configuration of the run.
+            size: members per shard.
+            threads: number of physics threads.
         """
         torch.set_num_threads(1)
-        slots = min(share * config.episodes, slots_for(config))
-        self._config = dataclasses.replace(config, slots=slots, threads=threads, overlap=False, backend="local")
-        self._device = torch.device("cuda" if config.device == "cuda" else "cpu")
-        self._player = player = local_player(self._config)
-        self._agent = Agent(config, player.observation_space, player.action_space, player.observation_shape)
-        module, size = self._agent.module, player.observation_space.shape[0]
-        self._row_block = row_block_of(config, module)
+        slots = min(size * config.task.episodes, slots_for(config))
+        own = config.replace(slots=slots, threads=threads, overlap=False, backend="local")
+        self._agent, _, self._player = build(own)
+        self._config, module = config, self._agent.module
+        self._device = torch.device("cuda" if config.compute.device == "cuda" else "cpu")
+        self._forward = forward_settings(config, module)
         if self._device.type == "cpu":
-            self._row_block = row_block_like(module, family_of(config), size, slots, self._row_block)
+            self._forward = settings_like(self._forward, module, family_of(config), self._agent.obs_dim, slots)
         module.to(self._device)
 
     def ready(self) -> dict[str, str]:
-        """Versions of what computes here."""
+        """Return the worker's package versions."""
         return versions()
 
-    def play(self, generation: Generation, share: Share, weights: Arrays) -> Outcome:
-        """Play all episodes of a share's members with the generation's mean weights and statistics."""
-        config, agent = self._config, self._agent
+    def play(self, generation: Generation, shard: Shard, weights: Arrays) -> Outcome:
+        """Play all episodes of a shard's members with the generation's mean weights and statistics."""
+        agent, strategy = self._agent, self._config.strategy
         agent.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})
-        size = len(share.seeds)
-        members = Members(config.population_size, config.antithetic, self._device, size, share.first)
-        population = Population(
-            agent.module,
-            family_of(config),
-            members,
-            generation.sigma,
-            config.seed,
-            generation.number,
-            self._row_block,
-            config.kernels,
-            config.precision,
-        )
-        rollout = self._player.play(
-            population,
-            generation.episodes,
-            observation_norm=agent.norm,
-            action_map=agent.action_map,
-            seeds=torch.from_numpy(share.seeds.copy()),
-            max_episode_steps=generation.max_episode_steps,
-            remove_alive_bonus=generation.remove_alive_bonus,
-            collect_moments=generation.collect_moments,
-            moment_jobs=share.moment_jobs,
-        )
+        size = len(shard.seeds)
+        members = Members(strategy.population_size, strategy.antithetic, self._device, size, shard.first)
+        address = Address(self._config.schedule.seed, generation.number)
+        family = family_of(self._config)
+        population = Population(agent.module, family, members, generation.sigma, address, self._forward)
+        seeds = torch.from_numpy(shard.seeds.copy())
+        episodes = Episodes(seeds, generation.step_cap, generation.remove_alive_bonus, shard.moment_jobs)
+        rollout = self._player.play(population, episodes)
         blocks = rollout.moment_blocks
         return Outcome(
             rollout.episode_returns.numpy(),
@@ -140,36 +124,75 @@ class ShardWorker:
         )
 
 
+def settings_like(
+    settings: ForwardSettings, module: nn.Module, family: Family, obs_dim: int, rows: int
+) -> ForwardSettings:
+    """Find the smallest row block for ``rows`` rows at a time that rounds like the row block of ``settings``.
+
+    How a BLAS rounds a row depends only on the shapes, so a trial with random numbers is enough: another order of operations
+    would change some of the thousands of outputs.
+    """
+    reference = settings.row_block
+    assert reference is not None, "CPU settings always have a row block"
+    members = Members(reference + reference % 2, True, torch.device("cpu"), reference + reference % 2)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(reference, obs_dim, generator=generator)]
+    state = initial_state(module, reference, members.device)
+    if state is not None:
+        inputs.append(torch.randn(state.shape, generator=generator))
+
+    def outputs(row_block: int) -> list[Tensor]:
+        population = Population(module, family, members, 0.1, Address(0), ForwardSettings(row_block))
+        return tensors_in((population.select(torch.arange(reference))(*inputs),))
+
+    expected = outputs(reference)
+    block = min(max(1 << max(rows - 1, 0).bit_length(), _FEWEST_LIKE), reference)
+    while block < reference:
+        if all(torch.equal(a, b) for a, b in zip(outputs(block), expected, strict=True)):
+            return dataclasses.replace(settings, row_block=block)
+        block *= 2
+    return settings
+
+
+def build_sharded(config: TrainConfig, reserve_cores: bool = True) -> Parts:
+    """Build the parts of a run whose episodes are played on a Ray cluster; see :class:`ShardedPlayer`."""
+    score_slots = min(config.logging.score_episodes, slots_for(config))
+    agent, home = local_player(config.replace(overlap=False), score_slots)
+    return Parts(agent, make_strategy(config, agent.module), ShardedPlayer(config, home, reserve_cores))
+
+
 class ShardedPlayer(Player):
     """Plays on the workers of a Ray cluster.
 
     Attributes:
-        workers: how many, and ``threads``, physics threads of each.
-        warnings: what the user should know of the arrangement.
+        workers: number of workers.
+        threads: number of physics threads per worker.
+        size: members per shard.
+        warnings: warnings for the user about the use of the cluster.
     """
 
-    def __init__(self, config: TrainConfig, reserve_cores: bool = True) -> None:
+    def __init__(self, config: TrainConfig, home: LocalPlayer, reserve_cores: bool = True) -> None:
         """Connect and start the workers.
 
         Args:
-            config: of the run.
-            reserve_cores: whether Ray shall keep the cores for these workers; else they may share them with others.
+            config: configuration of the run.
+            home: plays unperturbed policies in this process.
+            reserve_cores: whether Ray reserves cores for these workers; otherwise they may share them with others.
 
         Raises:
-            UserError: no Ray, no cluster, no worker, or workers with other versions than here.
+            UserError: Ray is not installed, no cluster answers, no worker starts, or workers have other package versions
+                than this process.
         """
-        score_slots = min(config.score_episodes, slots_for(config))
-        self._home = LocalPlayer(make_lanes(dataclasses.replace(config, overlap=False), score_slots))
-        self._describe(self._home.envs[0])
-        self._connection = connection = Connection(config.ray_address)
-        self.workers, self.threads = _arrangement(config, connection)
+        self.agent, self.max_episode_steps, self._home = home.agent, home.max_episode_steps, home
+        self._connection = connection = Connection(config.compute.ray_address)
+        self.workers, self.threads = _workers_and_threads(config, connection)
         self.warnings = _warnings(self.workers * self.threads, connection)
-        self.share = _share_size(config.population_size, self.workers)
-        # More workers than cores share them.
+        self.size = shard_size(config.strategy.population_size, self.workers)
+        # With more workers than cores, each reserves a fraction of a core.
         cores = min(self.threads, max(connection.cores / self.workers, 0.01)) if reserve_cores else 0
-        gpus = 1 if config.device == "cuda" else 0
+        gpus = 1 if config.compute.device == "cuda" else 0
         actor = connection.ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0)(ShardWorker)
-        arguments = (config, self.share, self.threads)
+        arguments = (config, self.size, self.threads)
         try:
             self.pool = Pool(connection, lambda: actor.remote(*arguments), self.workers)
             for answer in self.pool.answers:
@@ -179,47 +202,24 @@ class ShardedPlayer(Player):
             raise
 
     def play(
-        self,
-        population: Population | Unperturbed,
-        episodes: int = 1,
-        *,
-        observation_norm: Callable[[Tensor], Tensor],
-        action_map: ActionMap,
-        seeds: Tensor,
-        max_episode_steps: int | None = None,
-        remove_alive_bonus: bool = False,
-        collect_moments: bool = True,
-        moment_jobs: int = MOMENT_JOBS,
-        should_stop: Callable[[], bool] | None = None,
+        self, population: Population | Unperturbed, episodes: Episodes, should_stop: ShouldStop | None = None
     ) -> Rollout:
-        """See :meth:`Player.play`; a population that is not perturbed is played in this process.
+        """See :meth:`Player.play`; unperturbed populations are played in this process.
 
         Raises:
             WorkersLostError: no worker is left.
         """
         if not isinstance(population, Population):
-            return self._home.play(
-                population,
-                episodes,
-                observation_norm=observation_norm,
-                action_map=action_map,
-                seeds=seeds,
-                max_episode_steps=max_episode_steps,
-                remove_alive_bonus=remove_alive_bonus,
-                collect_moments=collect_moments,
-                moment_jobs=moment_jobs,
-                should_stop=should_stop,
-            )
-        generation = Generation(
-            population.generation, population.sigma, episodes, max_episode_steps, remove_alive_bonus, collect_moments
-        )
-        shares = [
-            Share(first, part.numpy(), min(max(moment_jobs - first * episodes, 0), part.numel()))
-            for first, part in zip(range(0, population.size, self.share), seeds.split(self.share), strict=True)
+            return self._home.play(population, episodes, should_stop)
+        episodes.check(population.size)
+        generation = Generation(population.generation, population.sigma, episodes.step_cap, episodes.remove_alive_bonus)
+        shards = [
+            Shard(first, part.numpy(), min(max(episodes.moment_jobs - first * episodes.count, 0), part.numel()))
+            for first, part in zip(range(0, population.size, self.size), episodes.seeds.split(self.size), strict=True)
         ]
-        weights = self._connection.ray.put(_weights(population, observation_norm))
+        weights = self._connection.ray.put(_weights(population, self.agent))
         outcomes = self.pool.work(
-            shares, lambda actor, share: actor.play.remote(generation, share, weights), should_stop
+            shards, lambda actor, shard: actor.play.remote(generation, shard, weights), should_stop
         )
         return Rollout.join([_rollout(outcome) for outcome in outcomes])
 
@@ -231,17 +231,17 @@ class ShardedPlayer(Player):
         self._home.close()
 
 
-def _weights(population: Population, norm: Callable[[Tensor], Tensor]) -> Arrays:
-    """Mean weights and observation statistics under the names of :meth:`Agent.state_dict`."""
+def _weights(population: Population, agent: Agent) -> Arrays:
+    """Return mean weights and observation statistics under the names of :meth:`Agent.state_dict`."""
     tensors = {f"policy.{name}": value for name, value in population.mean_state().items()}
-    if isinstance(norm, ObservationNorm):
-        tensors |= {f"observation_norm.{name}": value for name, value in norm.state_dict().items()}
+    if isinstance(agent.norm, ObservationNorm):
+        tensors |= {f"observation_norm.{name}": value for name, value in agent.norm.state_dict().items()}
     return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
 
 
 def _rollout(outcome: Outcome) -> Rollout:
     returns, lengths, total, squares = (
-        torch.from_numpy(values.copy())  # what comes out of Ray's memory cannot be written to
+        torch.from_numpy(values.copy())  # arrays from Ray's object store are read-only
         for values in (outcome.returns, outcome.lengths, outcome.total, outcome.squares)
     )
     return Rollout(
@@ -249,31 +249,32 @@ def _rollout(outcome: Outcome) -> Rollout:
     )
 
 
-def _arrangement(config: TrainConfig, connection: Connection) -> tuple[int, int]:
-    """How many workers, with how many threads each: one for every GPU, or core, unless their shares would get too small.
+def _workers_and_threads(config: TrainConfig, connection: Connection) -> tuple[int, int]:
+    """Return the numbers of workers and of threads per worker: one worker per GPU or core, unless shards would be too small.
 
     Raises:
-        UserError: GPUs are wanted, and the cluster has none or too few.
+        UserError: GPUs are requested, but the cluster has none or too few.
     """
-    if config.device == "cuda":
-        workers = config.workers or connection.gpus
+    compute = config.compute
+    if compute.device == "cuda":
+        workers = compute.workers or connection.gpus
         if not 1 <= workers <= connection.gpus:
             raise UserError(
-                f"backend ray gives every worker a GPU of its own, and the cluster has {connection.gpus}: use --device cpu, "
-                f"or --workers with at most as many"
+                f"backend ray needs one GPU per worker, and the cluster has {connection.gpus}: use --device cpu, "
+                f"or at most that many --workers"
             )
-        return workers, config.threads or max(connection.cores // workers, 1)
-    if config.workers is not None:
-        return config.workers, config.threads or 1
-    most = max(config.population_size // _FEWEST_MEMBERS, 1)
-    threads = config.threads or max(min(connection.cores // most, min(connection.nodes, default=1)), 1)
+        return workers, compute.threads or max(connection.cores // workers, 1)
+    if compute.workers is not None:
+        return compute.workers, compute.threads or 1
+    most = max(config.strategy.population_size // _FEWEST_MEMBERS, 1)
+    threads = compute.threads or max(min(connection.cores // most, min(connection.nodes, default=1)), 1)
     return max(min(connection.cores // threads, most), 1), threads
 
 
-def _share_size(population_size: int, workers: int) -> int:
-    """Members of a share: whole blocks of moments, and so whole antithetic pairs."""
+def shard_size(population_size: int, workers: int) -> int:
+    """Return the members per shard: whole blocks of moments, and therefore whole antithetic pairs."""
     even = -(-population_size // workers)
-    wanted = max(-(-even // _SHARES), min(_FEWEST_MEMBERS, even))
+    wanted = max(-(-even // _SHARDS_PER_WORKER), min(_FEWEST_MEMBERS, even))
     return -(-wanted // MOMENT_BLOCK) * MOMENT_BLOCK
 
 
@@ -281,20 +282,20 @@ def _warnings(threads: int, connection: Connection) -> list[str]:
     if threads <= connection.cores:
         return []
     return [
-        f"warning: {threads} worker threads share {connection.cores} cores, so each gets only a part of one; "
-        "a comparison of such workers with others says nothing about cores"
+        f"warning: {threads} worker threads share {connection.cores} cores, so each has only a fraction of a core; "
+        "do not draw conclusions about speed per core"
     ]
 
 
 def compare_versions(here: dict[str, str], there: dict[str, str]) -> None:
-    """Complain about a worker with other versions: its numbers may differ.
+    """Check that a worker has the same package versions as this process: with others, results may differ.
 
     Raises:
-        UserError: they differ; the message names them.
+        UserError: versions differ; the message names them.
     """
-    both = here.keys() & there.keys()  # what a worker lacks and does not miss does not matter
+    both = here.keys() & there.keys()  # a package that the worker works without does not matter
     other = [f"{name} {there[name]} in place of {here[name]}" for name in sorted(both) if there[name] != here[name]]
     if other:
         raise UserError(
-            f"a worker has other versions than this process: {', '.join(other)}; install the same everywhere"
+            f"a worker has other versions than this process: {', '.join(other)}; install the same versions everywhere"
         )

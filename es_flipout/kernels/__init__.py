@@ -1,16 +1,17 @@
-"""Triton kernels, each beside its plain-torch twin, and the choice of whether they are used.
+"""Triton kernels, each with a twin in plain torch, and the decision whether to use them.
 
-Triton is optional: this module does not import it, its sub-modules do. With ``TRITON_INTERPRET=1``, set before Triton is
-imported, the kernels run on the CPU (slowly): that is how they are tested without a GPU.
+Triton is optional: only the submodules import it. With ``TRITON_INTERPRET=1``, set before Triton is imported, the kernels run
+on the CPU (slowly), which is how they are tested without a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from es_flipout.errors import UserError
 
@@ -18,19 +19,36 @@ KernelChoice = Literal["auto", "torch", "triton"]
 Precision = Literal["ieee", "tf32x3", "tf32", "bf16"]
 Activation = Literal["none", "tanh", "relu", "elu", "silu", "gelu"]
 
-_LEAST_CAPABILITY = (8, 0)  # the first with TF32 and bf16
+
+class MemberNoise(NamedTuple):
+    """The members whose noise a kernel applies, and how it does so.
+
+    Attributes:
+        members: ``(n,)`` int32 or int64, the member of each row; in any order, repetitions allowed.
+        per_source: number of members per noise source: 2 with antithetic pairs.
+        sigma: standard deviation of the perturbations; a 0-dimensional tensor is read when the kernel runs.
+        precision: precision of the matrix products; sums are float32.
+    """
+
+    members: Tensor
+    per_source: int
+    sigma: float | Tensor
+    precision: Precision = "ieee"
+
+
+_LEAST_CAPABILITY = (8, 0)  # the first one with TF32 and bf16
 
 
 def chosen(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether populations on ``device`` with parameters of ``dtype`` use the Triton kernels.
+    """Return whether populations on ``device`` with parameters of ``dtype`` use the Triton kernels.
 
     Args:
-        choice: ``auto`` takes them wherever they run: on CUDA, in float32, with Triton installed.
-        device: where the population is computed.
-        dtype: of the parameters.
+        choice: ``auto`` uses them wherever they are supported: on CUDA, in float32, with Triton installed.
+        device: device of the population.
+        dtype: data type of the parameters.
 
     Raises:
-        UserError: ``choice`` is ``triton`` and they cannot run, or is none of the three.
+        UserError: ``choice`` is invalid, or it is ``triton`` and the kernels cannot run.
     """
     if choice not in ("auto", "torch", "triton"):
         raise UserError(f"kernels must be one of auto, torch, triton, got {choice!r}")
@@ -43,10 +61,10 @@ def chosen(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> bo
 
 
 def check_precision(precision: Precision) -> Precision:
-    """The precision itself.
+    """Return ``precision`` if it is valid.
 
     Raises:
-        UserError: there is no such precision.
+        UserError: the precision is unknown.
     """
     if precision not in ("ieee", "tf32x3", "tf32", "bf16"):
         raise UserError(f"precision must be one of ieee, tf32x3, tf32, bf16, got {precision!r}")
@@ -54,7 +72,7 @@ def check_precision(precision: Precision) -> Precision:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, for tests."""
+    """Return whether Triton interprets its kernels on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -62,11 +80,11 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype != torch.float32:
-        return f"they compute float32 parameters, not {dtype}"
+        return f"they support float32 parameters, not {dtype}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < _LEAST_CAPABILITY:
-            return "they need a GPU of compute capability {}.{}, this one has {}.{}".format(
+            return "they need a GPU of compute capability {}.{} or higher, and this one has {}.{}".format(
                 *_LEAST_CAPABILITY, *capability
             )
         return None

@@ -1,4 +1,4 @@
-"""One linear layer of all members: ``y = x W^T + sigma r * ((s * x) B^T) + bias`` and an activation, in one kernel."""
+"""A linear layer of all members, ``y = x W^T + sigma r * ((s * x) B^T) + bias``, and an activation in one kernel."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es_flipout.kernels import Activation, Precision, interpreted
+from es_flipout.kernels import Activation, MemberNoise, Precision, interpreted
 from es_flipout.kernels.signs import sign_of, signed
 from es_flipout.kernels.tiles import (
     Tuned,
@@ -33,16 +33,16 @@ from es_flipout.randomness import unpacked_signs
 
 @dataclass(frozen=True, eq=False)
 class FlipoutLayer:
-    """One flipout layer and what is done to its output.
+    """A flipout layer with the activation that follows it.
 
     Attributes:
         weight: ``(out, in)``, the mean, float32 or bfloat16.
-        base: ``(M, out, in)``, float32 or bfloat16; where it is of -1, 0 and 1 also int8 or float8_e4m3fn, which is exact.
+        base: ``(M, out, in)``, float32 or bfloat16; if all entries are -1, 0 or 1, also int8 or float8_e4m3fn (exact).
         r, s: ``(num_sources, ceil(out / 32))`` and ``(num_sources, ceil(in / 32))`` int32, packed signs.
-        base_of_source: ``(num_sources,)`` int64; None where ``M`` is 1.
-        bias: ``(out,)`` float32, the mean; None without one.
-        bias_noise: ``(num_sources, out)`` float32, in units of sigma; None for a bias that is the same for all.
-        activation: of the output.
+        base_of_source: ``(num_sources,)`` int64; None if ``M`` is 1.
+        bias: ``(out,)`` float32, the mean; None without a bias.
+        bias_noise: ``(num_sources, out)`` float32, in units of sigma; None if all members have the same bias.
+        activation: activation of the output.
     """
 
     weight: Tensor
@@ -58,24 +58,18 @@ class FlipoutLayer:
 def linear(
     x: Tensor,
     layer: FlipoutLayer,
-    members: Tensor,
-    share: int,
-    sigma: float | Tensor,
-    precision: Precision = "ieee",
+    noise: MemberNoise,
     bias_rows: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Row ``i`` of ``x`` through the layer of the member it belongs to.
+    """Apply to each row of ``x`` the layer of the member it belongs to.
 
     Args:
-        x: ``(n B, in)``, with rows ``B i`` to ``B i + B - 1`` of member ``members[i]``.
+        x: ``(n B, in)``; rows ``B i`` to ``B i + B - 1`` belong to member ``noise.members[i]``.
         layer: the layer of all members.
-        members: ``(n,)`` int32 or int64; any of them, in any order, also repeated.
-        share: members of one noise source: 2 with antithetic pairs.
-        sigma: perturbation standard deviation; a tensor of no dimensions is read when the kernel runs.
-        precision: of the products; sums are float32.
-        bias_rows: ``(n, out)``, another bias for each row of ``members``, in place of that of the layer.
-        out: ``(n B, out)`` float32 or bfloat16, where to write.
+        noise: the members, and how their noise is applied.
+        bias_rows: ``(n, out)``, biases of ``noise.members`` that replace the bias of the layer.
+        out: ``(n B, out)`` float32 or bfloat16, output tensor.
 
     Returns:
         ``(n B, out)``, of the dtype of ``x``, or ``out``.
@@ -84,18 +78,18 @@ def linear(
     y = torch.empty(rows, size_out, dtype=x.dtype, device=x.device) if out is None else out
     if rows == 0:
         return y
-    bias, noise = (layer.bias, layer.bias_noise) if bias_rows is None else (None, None)
+    bias, bias_noise = (layer.bias, layer.bias_noise) if bias_rows is None else (None, None)
 
     def grid(sizes: dict[str, int]) -> tuple[int, int]:
         return ceil_div(rows, sizes["BLOCK_M"]), ceil_div(size_out, sizes["BLOCK_N"])
 
     with on_device(x):
         _linear.launch(
-            grid, _configs(size_out, size_in, precision),
-            x.contiguous(), layer.weight, layer.base, layer.r, layer.s, layer.base_of_source, members, bias, noise,
-            bias_rows, y, rows, rows // len(members), size_out, size_in, layer.r.shape[1], layer.s.shape[1],
-            *in_memory(sigma), bucket(rows),
-            BASES=bases, SHARE=share, ACTIVATION=layer.activation, PRECISION=precision,
+            grid, _configs(size_out, size_in, noise.precision),
+            x.contiguous(), layer.weight, layer.base, layer.r, layer.s, layer.base_of_source, noise.members, bias,
+            bias_noise, bias_rows, y, rows, rows // len(noise.members), size_out, size_in, layer.r.shape[1], layer.s.shape[1],
+            *in_memory(noise.sigma), bucket(rows),
+            BASES=bases, PER_SOURCE=noise.per_source, ACTIVATION=layer.activation, PRECISION=noise.precision,
         )  # fmt: skip
     return y
 
@@ -103,25 +97,23 @@ def linear(
 def linear_torch(
     x: Tensor,
     layer: FlipoutLayer,
-    members: Tensor,
-    share: int,
-    sigma: float | Tensor,
-    precision: Precision = "ieee",
+    noise: MemberNoise,
     bias_rows: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Twin of :func:`linear`."""
+    """Torch twin of :func:`linear`."""
+    members, per_source, sigma, precision = noise
     _, size_out, size_in = layer.base.shape
     per_member = len(x) // len(members)
     of_row = members.repeat_interleave(per_member)
-    source, sign = of_row // share, sign_of(of_row, share)
+    source, sign = of_row // per_source, sign_of(of_row, per_source)
     flips = x.float() * unpacked_signs(layer.s[source], size_in)
     base = torch.zeros_like(source) if layer.base_of_source is None else layer.base_of_source[source]
-    noise = x.new_zeros(len(x), size_out, dtype=torch.float32)
+    own = x.new_zeros(len(x), size_out, dtype=torch.float32)
     for m, matrix in enumerate(layer.base):
-        noise = torch.where((base == m)[:, None], product_torch(flips, matrix.float().T, precision), noise)
+        own = torch.where((base == m)[:, None], product_torch(flips, matrix.float().T, precision), own)
     scale = (sigma * sign)[:, None]
-    y = noise * (unpacked_signs(layer.r[source], size_out) * scale)
+    y = own * (unpacked_signs(layer.r[source], size_out) * scale)
     if bias_rows is not None:
         y += bias_rows.repeat_interleave(per_member, 0)
     elif layer.bias is not None:
@@ -130,34 +122,33 @@ def linear_torch(
     return y.to(x.dtype) if out is None else out.copy_(y)
 
 
-def linear_by_library(x: Tensor, layer: FlipoutLayer, members: Tensor, share: int, sigma: float) -> Tensor:
-    """As :func:`linear` without an activation, for wide layers: the two products by torch, only the signs by kernels.
+def linear_by_library(x: Tensor, layer: FlipoutLayer, noise: MemberNoise) -> Tensor:
+    """Compute :func:`linear` without an activation, for wide layers: torch computes both products, kernels only apply signs.
 
     Args:
         x: ``(n, in)``, of the dtype of the weight.
-        layer: with one base; if that is float8_e4m3fn, its product takes the inputs in that type too (on CUDA, with sizes that
-            are multiples of 16), so the noise has 4 significant bits of the inputs, and the mean all of them.
-        members: ``(n,)`` int64.
-        share: members of one noise source.
-        sigma: perturbation standard deviation.
+        layer: a layer with one base. If the base is float8_e4m3fn, the inputs of its product are converted to that type too (on
+            CUDA, with sizes that are multiples of 16): the noise then uses 4 significant bits of the inputs, the mean all.
+        noise: the members and sigma; the precision is that of the dtypes.
 
     Returns:
         ``(n, out)``, of the dtype of ``x``.
     """
+    members, per_source, sigma, _ = noise
     base = layer.base[0]
     if base.dtype == torch.float8_e4m3fn:
-        flips = signed(x, layer.s, members, share, dtype=base.dtype)
+        flips = signed(x, layer.s, noise, dtype=base.dtype)
         one = torch.ones((), device=x.device)
         product_of_fp8 = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-        noise = product_of_fp8(flips, base.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        own = product_of_fp8(flips, base.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     else:
-        noise = signed(x, layer.s, members, share) @ base.T
+        own = signed(x, layer.s, noise) @ base.T
     plus = layer.bias
     if plus is not None and layer.bias_noise is not None:
-        plus = plus + (sigma * sign_of(members, share))[:, None] * layer.bias_noise[members // share]
+        plus = plus + (sigma * sign_of(members, per_source))[:, None] * layer.bias_noise[members // per_source]
     if plus is not None:
         plus = plus.expand(len(x), -1)
-    own = signed(noise, layer.r, members, share, scale=sigma, plus=plus, dtype=x.dtype)
+    own = signed(own, layer.r, noise, scaled=True, plus=plus, dtype=x.dtype)
     return torch.addmm(own, x, layer.weight.T)
 
 
@@ -165,7 +156,7 @@ def linear_by_library(x: Tensor, layer: FlipoutLayer, members: Tensor, share: in
 def _linear_kernel(
     x, weight, base, r, s, base_of_source, members, bias, bias_noise, bias_rows, y,
     rows, per_member, size_out, size_in, r_width, s_width, sigma, sigma_at, rows_key,
-    BASES: tl.constexpr, SHARE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BASES: tl.constexpr, PER_SOURCE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -175,10 +166,10 @@ def _linear_kernel(
     row_in, col_in = (row < rows)[:, None], (col < size_out)[None, :]
     place = row // per_member
     member = tl.load(members + place, mask=row < rows, other=0)
-    source = (member // SHARE).to(tl.int64)
-    scale = signed_scale(sigma, sigma_at, member, BLOCK_M, SHARE)
+    source = (member // PER_SOURCE).to(tl.int64)
+    scale = signed_scale(sigma, sigma_at, member, BLOCK_M, PER_SOURCE)
 
-    # The noise of the rows, with every base that one of them has.
+    # The noise of the rows, with every base that one of them uses.
     x_at = x + row.to(tl.int64) * size_in
     transposed = col[None, :].to(tl.int64) * size_in
     first, last = 0, 0
@@ -225,7 +216,7 @@ _linear = Tuned(
 
 
 def _configs(size_out: int, size_in: int, precision: Precision) -> tuple[triton.Config, ...]:
-    """Block sizes worth trying; with tensor cores only such as use the same instructions, and so give the same bits."""
+    """Return block sizes to try; on tensor cores, only those that use the same instructions and so give the same bits."""
     if interpreted():
         return (config(BLOCK_M=32, BLOCK_N=block(size_out, 32), BLOCK_K=block(size_in, 32)),)
     n, k = block(size_out, 64), block(size_in, 32)

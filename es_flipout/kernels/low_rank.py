@@ -1,7 +1,7 @@
-"""One low-rank layer of all members: a kernel for what is a member's own, and the library's product with the mean.
+"""A low-rank layer of all members: a kernel for the members' own terms, and the library's product with the mean.
 
-``y = x W^T + scale (x . right) left + bias``: the kernel reads each member's factors once and writes what is added to the
-product, which then starts from it.
+``y = x W^T + scale (x . right) left + bias``: the kernel reads the factors of each member once and writes the addend of the
+product with the mean, which then accumulates into it.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from es_flipout.kernels import MemberNoise
 from es_flipout.kernels.signs import sign_of
 from es_flipout.kernels.tiles import block, in_memory, on_device, signed_scale
 
@@ -22,21 +23,17 @@ def low_rank_linear(
     weight: Tensor,
     left: Tensor,
     right: Tensor,
-    members: Tensor,
-    share: int,
-    scale: float | Tensor,
+    noise: MemberNoise,
     bias_rows: Tensor | None = None,
 ) -> Tensor:
-    """Row ``i`` of ``x`` through the layer of member ``members[i]``.
+    """Apply the layer of member ``noise.members[i]`` to row ``i`` of ``x``.
 
     Args:
         x: ``(n, in)``.
         weight: ``(out, in)``, the mean, of the dtype of ``x``.
         left: ``(num_sources, rank, out)``.
         right: ``(num_sources, rank, in)``.
-        members: ``(n,)`` int64.
-        share: members of one noise source: 2 with antithetic pairs.
-        scale: sigma over the square root of the rank; a tensor of no dimensions is read when the kernel runs.
+        noise: the members; its sigma must already be divided by the square root of the rank.
         bias_rows: ``(n, out)``.
 
     Returns:
@@ -50,8 +47,8 @@ def low_rank_linear(
     x = x.contiguous()
     with on_device(x):
         _own_kernel[(n,)](
-            x, left, right, members, bias_rows, own, size_out, size_in, *in_memory(scale),
-            RANK=rank, SHARE=share, BLOCK_IN=block(size_in, 2048), BLOCK_OUT=block(size_out, 2048),
+            x, left, right, noise.members, bias_rows, own, size_out, size_in, *in_memory(noise.sigma),
+            RANK=rank, PER_SOURCE=noise.per_source, BLOCK_IN=block(size_in, 2048), BLOCK_OUT=block(size_out, 2048),
         )  # fmt: skip
     return torch.addmm(own, x, weight.T)
 
@@ -61,14 +58,14 @@ def low_rank_linear_torch(
     weight: Tensor,
     left: Tensor,
     right: Tensor,
-    members: Tensor,
-    share: int,
-    scale: float | Tensor,
+    noise: MemberNoise,
     bias_rows: Tensor | None = None,
 ) -> Tensor:
-    """Twin of :func:`low_rank_linear`."""
-    source = members // share
-    along = torch.einsum("ni,nki->nk", x.float(), right[source].float()) * (scale * sign_of(members, share))[:, None]
+    """Torch twin of :func:`low_rank_linear`."""
+    members, per_source, scale, _ = noise
+    source = members // per_source
+    along = torch.einsum("ni,nki->nk", x.float(), right[source].float())
+    along = along * (scale * sign_of(members, per_source))[:, None]
     y = x.float() @ weight.float().T + torch.einsum("nk,nko->no", along, left[source].float())
     return (y if bias_rows is None else y + bias_rows).to(x.dtype)
 
@@ -76,19 +73,19 @@ def low_rank_linear_torch(
 @triton.jit
 def _own_kernel(
     x, left, right, members, bias_rows, own, size_out, size_in, scale, scale_at,
-    RANK: tl.constexpr, SHARE: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    RANK: tl.constexpr, PER_SOURCE: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     member = tl.load(members + row).to(tl.int64)
-    source = member // SHARE
-    sign = tl.sum(signed_scale(scale, scale_at, member, 1, SHARE), axis=0)
+    source = member // PER_SOURCE
+    sign = tl.sum(signed_scale(scale, scale_at, member, 1, PER_SOURCE), axis=0)
     for first in range(0, size_out, BLOCK_OUT):
         col = first + tl.arange(0, BLOCK_OUT)
         total = tl.zeros((BLOCK_OUT,), tl.float32)
         if bias_rows is not None:
             total += tl.load(bias_rows + row * size_out + col, mask=col < size_out, other=0.0)
         for number in tl.static_range(RANK):
-            # With more than one block of outputs this is computed again for each; the factor is in the cache by then.
+            # Computed again for every block of outputs; from the second on, the factor is in the cache.
             sums = tl.zeros((BLOCK_IN,), tl.float32)
             for start in range(0, size_in, BLOCK_IN):
                 k = start + tl.arange(0, BLOCK_IN)

@@ -1,4 +1,4 @@
-"""A whole small network of all members in one kernel: activations never leave the chip."""
+"""A whole small network of all members in one kernel; activations stay on the chip."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es_flipout.kernels import Precision, interpreted
+from es_flipout.kernels import MemberNoise, Precision, interpreted
 from es_flipout.kernels.linear import FlipoutLayer, linear_torch
 from es_flipout.kernels.tiles import (
     Tuned,
@@ -28,40 +28,31 @@ from es_flipout.kernels.tiles import (
     signed_scale,
 )
 
-WIDEST = 256  # outputs of a layer
+WIDEST = 256  # maximum number of outputs of a layer
 MOST_LAYERS = 4
 _WIDEST_IN_REGISTERS = 64
-_MOST_ROWS = 128  # of one program
+_MOST_ROWS = 128  # maximum number of rows per program
 
 
 def fits(layers: Sequence[FlipoutLayer]) -> bool:
-    """Whether :func:`mlp` can compute the layers: at most ``MOST_LAYERS``, of ``WIDEST`` outputs, with one base each."""
+    """Return whether :func:`mlp` supports the layers: up to ``MOST_LAYERS``, with up to ``WIDEST`` outputs and one base each."""
     return 1 <= len(layers) <= MOST_LAYERS and all(
         layer.weight.shape[0] <= WIDEST and len(layer.base) == 1 for layer in layers
     )
 
 
-def mlp(
-    x: Tensor,
-    layers: Sequence[FlipoutLayer],
-    members: Tensor,
-    share: int,
-    sigma: float | Tensor,
-    precision: Precision = "ieee",
-) -> Tensor:
-    """Row ``i`` of ``x`` through all layers of the member it belongs to.
+def mlp(x: Tensor, layers: Sequence[FlipoutLayer], noise: MemberNoise) -> Tensor:
+    """Apply to each row of ``x`` all layers of the member it belongs to.
 
     Args:
-        x: ``(n B, in)``, with rows ``B i`` to ``B i + B - 1`` of member ``members[i]``.
-        layers: for which :func:`fits` holds.
-        members: ``(n,)`` int32 or int64; any of them, in any order, also repeated.
-        share: members of one noise source: 2 with antithetic pairs.
-        sigma: perturbation standard deviation; a tensor of no dimensions is read when the kernel runs.
-        precision: of the products; sums and activations are float32.
+        x: ``(n B, in)``; rows ``B i`` to ``B i + B - 1`` belong to member ``noise.members[i]``.
+        layers: layers for which :func:`fits` is true.
+        noise: the members, and how their noise is applied; activations are float32, too.
 
     Returns:
         ``(n B, out)``, of the dtype of ``x``.
     """
+    members, per_source, sigma, precision = noise
     sizes = (layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers))
     y = torch.empty(len(x), sizes[-1], dtype=x.dtype, device=x.device)
     if len(x) == 0:
@@ -86,41 +77,34 @@ def mlp(
             tuple(layer.bias for layer in layers), tuple(layer.bias_noise for layer in layers), members, kept, y,
             len(x), len(x) // len(members), *in_memory(sigma), bucket(len(x)),
             SIZES=sizes, WIDEST=widest, ACTIVATIONS=" ".join(layer.activation for layer in layers), LAYERS=len(layers),
-            SHARE=share, PRECISION=precision,
+            PER_SOURCE=per_source, PRECISION=precision,
         )  # fmt: skip
     return y
 
 
-def mlp_torch(
-    x: Tensor,
-    layers: Sequence[FlipoutLayer],
-    members: Tensor,
-    share: int,
-    sigma: float | Tensor,
-    precision: Precision = "ieee",
-) -> Tensor:
-    """Twin of :func:`mlp`."""
+def mlp_torch(x: Tensor, layers: Sequence[FlipoutLayer], noise: MemberNoise) -> Tensor:
+    """Torch twin of :func:`mlp`."""
     y = x.float()
     for layer in layers:
-        y = linear_torch(y, layer, members, share, sigma, precision)
+        y = linear_torch(y, layer, noise)
     return y.to(x.dtype)
 
 
-# Two ways to keep activations on the chip. Up to a width they are a tuple of tiles of BLOCK_N columns in registers, with
-# unrolled loops over them, because Triton cannot take a part of a tile. Beyond it they go through a buffer, small enough to
-# stay in the caches because every program uses its own part again and again.
+# There are two ways to keep activations on the chip. In narrow networks they are a tuple of tiles of BLOCK_N columns in
+# registers, with unrolled loops over the tiles, because Triton cannot slice a tile. In wider networks they go through a buffer
+# that stays in the caches: every program reuses its own small part of it.
 @triton.jit(do_not_specialize=["rows", "rows_key"])
 def _mlp_kernel(
     x, weights, bases, rs, ss, biases, bias_noises, members, kept, y, rows, per_member, sigma, sigma_at, rows_key,
-    SIZES: tl.constexpr, WIDEST: tl.constexpr, ACTIVATIONS: tl.constexpr, LAYERS: tl.constexpr, SHARE: tl.constexpr,
+    SIZES: tl.constexpr, WIDEST: tl.constexpr, ACTIVATIONS: tl.constexpr, LAYERS: tl.constexpr, PER_SOURCE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     for tile in tl.range(tl.program_id(0), (rows + BLOCK_M - 1) // BLOCK_M, tl.num_programs(0), num_stages=1):
         place = tl.arange(0, BLOCK_M)
         row = tile * BLOCK_M + place
         member = tl.load(members + row // per_member, mask=row < rows, other=0)
-        source = (member // SHARE).to(tl.int64)
-        scale = signed_scale(sigma, sigma_at, member, BLOCK_M, SHARE)
+        source = (member // PER_SOURCE).to(tl.int64)
+        scale = signed_scale(sigma, sigma_at, member, BLOCK_M, PER_SOURCE)
         x_at = (x + row.to(tl.int64) * SIZES[0])[:, None]
         y_at = (y + row.to(tl.int64) * SIZES[LAYERS])[:, None]
         row_in = (row < rows)[:, None]
@@ -144,7 +128,7 @@ def _mlp_kernel(
                     SIZES[layer], SIZES[layer + 1], _tile(SIZES[layer], BLOCK_K), _tile(SIZES[layer + 1], BLOCK_N),
                     _nth(ACTIVATIONS, layer), PRECISION, BLOCK_M,
                 )  # fmt: skip
-                tl.debug_barrier()  # other threads read what this one wrote
+                tl.debug_barrier()  # other threads read what this thread has written
 
 
 @triton.jit
@@ -153,7 +137,7 @@ def _layer_in_registers(
     SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of one layer's output; the first reads its input from memory, the last writes its output there."""
+    """Return the tiles of one layer's output; the first layer reads from memory, the last one writes to memory."""
     after = ()
     s_at = s + source * ((SIZE_IN + 31) // 32)
     for number in tl.static_range((SIZE_OUT + TILE_OUT - 1) // TILE_OUT):
@@ -198,7 +182,7 @@ def _times(
     x_at, matrix, s_at, col, row_in, total, FLIP: tl.constexpr, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr,
     TILE_IN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``total`` plus rows in memory, flipped or as they are, times some columns of a transposed matrix."""
+    """Add to ``total`` the product of rows in memory, flipped if ``FLIP``, with some columns of a transposed matrix."""
     for start in range(0, SIZE_IN, TILE_IN):
         k = start + tl.arange(0, TILE_IN)
         part = tl.load(x_at + k[None, :], mask=row_in & (k < SIZE_IN)[None, :], other=0.0)
@@ -215,7 +199,7 @@ def _hidden_times(
     hidden, matrix, s_at, col, total, FLIP: tl.constexpr, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr,
     TILE_IN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_times` with the rows in registers."""
+    """Like :func:`_times`, with the rows in registers."""
     for number in tl.static_range(len(hidden)):
         k = number * TILE_IN + tl.arange(0, TILE_IN)
         part = hidden[number]
@@ -229,7 +213,7 @@ def _hidden_times(
 
 @triton.jit
 def _noise(total, r, bias, bias_noise, source, scale, row_in, start, SIZE_OUT: tl.constexpr, TILE_OUT: tl.constexpr):
-    """The noise of the outputs from ``start`` with its signs and sigma, and the biases."""
+    """Apply output signs and sigma to the noise of the outputs from ``start`` on, and add the biases."""
     col = start + tl.arange(0, TILE_OUT)
     total = (
         flipped(total, r + source * ((SIZE_OUT + 31) // 32), (SIZE_OUT + 31) // 32, start, TILE_OUT) * scale[:, None]
@@ -244,13 +228,13 @@ def _noise(total, r, bias, bias_noise, source, scale, row_in, start, SIZE_OUT: t
 
 @triton.constexpr_function
 def _tile(size, chunk):
-    """Columns of one tile of a layer of ``size``: a power of two, as products ask for."""
+    """Return the number of columns per tile of a layer of ``size``: a power of two, as matrix products require."""
     return max(16, min(chunk, triton.next_power_of_2(size)))
 
 
 @triton.constexpr_function
 def _nth(words, number):
-    """One of several words: Triton before 3.7 does not take strings out of a tuple."""
+    """Return one of several words; before version 3.7, Triton cannot index a tuple of strings."""
     return words.split()[number]
 
 
@@ -258,14 +242,14 @@ _mlp = Tuned(_mlp_kernel, ("rows_key", "SIZES", "ACTIVATIONS", "PRECISION"))
 
 
 def _programs(device: torch.device) -> int:
-    """Programs that run at a time, about: each keeps activations of its own."""
+    """Return the approximate number of concurrent programs; each has its own buffer for activations."""
     if device.type != "cuda":
         return 2
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _configs(widest: int, precision: Precision, in_registers: bool) -> tuple[triton.Config, ...]:
-    """Block sizes worth trying; with tensor cores only such as use the same instructions, and so give the same bits."""
+    """Return block sizes to try; on tensor cores, only those that use the same instructions and so give the same bits."""
     if interpreted():
         return (config(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32),)
     if in_registers:

@@ -1,4 +1,4 @@
-"""Signs in one bit each: where they come from, and rows of numbers that are multiplied with them.
+"""Signs packed into one bit each: drawing them, and multiplying rows by them.
 
 Bit ``i`` of word ``j`` is the sign of entry ``32 j + i``, 1 for +1: the words are those that
 :func:`es_flipout.randomness.signs` reads, kept as int32.
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from es_flipout.kernels import MemberNoise
 from es_flipout.kernels.tiles import block, ceil_div, flipped, on_device
 from es_flipout.randomness import Address, Stream, packed_signs, unpacked_signs
 
@@ -21,7 +22,7 @@ _BLOCKS = 256  # Philox blocks of one program
 
 
 def sign_words(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
-    """Packed signs, drawn on the device: ``(n, ceil(count / 32))`` int32 (arguments as of :func:`randomness.signs`)."""
+    """Draw packed signs on the device, ``(n, ceil(count / 32))`` int32 (arguments as for :func:`randomness.signs`)."""
     width = -(-count // 32)
     out = torch.empty(len(members), width, dtype=torch.int32, device=members.device)
     if len(out):
@@ -35,7 +36,7 @@ def sign_words(address: Address, stream: Stream, members: Tensor, count: int) ->
 
 
 def sign_words_torch(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
-    """Twin of :func:`sign_words`."""
+    """Torch twin of :func:`sign_words`."""
     return packed_signs(address, stream, members, count)
 
 
@@ -66,23 +67,20 @@ def _words_kernel(members, out, n, width, place, generation, key0, key1, BLOCK: 
 def signed(
     x: Tensor,
     words: Tensor,
-    members: Tensor,
-    share: int,
-    scale: float | None = None,
+    noise: MemberNoise,
+    scaled: bool = False,
     plus: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows multiplied with the signs of their members.
+    """Multiply rows by the signs of their members.
 
     Args:
         x: ``(n, size)``.
         words: ``(num_sources, ceil(size / 32))`` int32.
-        members: ``(n,)`` int64, whose signs.
-        share: members of one source: with 2 the odd members are antithetic.
-        scale: None leaves the rows as they are but for the signs of the source; a number multiplies them, with the
-            opposite sign for antithetic members.
-        plus: ``(n, size)`` to add.
-        dtype: of the result, by default that of ``x``.
+        noise: the members.
+        scaled: also multiply by sigma, with opposite signs for antithetic partners; otherwise signs are those of the source.
+        plus: ``(n, size)``, addend.
+        dtype: data type of the result; by default that of ``x``.
 
     Returns:
         ``(n, size)``.
@@ -93,8 +91,9 @@ def signed(
         cols = block(size, 1024)
         with on_device(out):
             _signed_kernel[(n, ceil_div(size, cols))](
-                x.contiguous(), words, members, plus if plus is None else plus.contiguous(), out, size, words.shape[1],
-                1.0 if scale is None else scale, ANTITHETIC=share == 2 and scale is not None, SHARE=share, BLOCK=cols,
+                x.contiguous(), words, noise.members, plus if plus is None else plus.contiguous(), out, size, words.shape[1],
+                noise.sigma if scaled else 1.0, ANTITHETIC=noise.per_source == 2 and scaled, PER_SOURCE=noise.per_source,
+                BLOCK=cols,
             )  # fmt: skip
     return out
 
@@ -102,22 +101,32 @@ def signed(
 def signed_torch(
     x: Tensor,
     words: Tensor,
-    members: Tensor,
-    share: int,
-    scale: float | None = None,
+    noise: MemberNoise,
+    scaled: bool = False,
     plus: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Twin of :func:`signed`."""
-    y = x.float() * unpacked_signs(words[members // share], x.shape[1])
-    if scale is not None:
-        y = y * (scale * sign_of(members, share))[:, None]
+    """Torch twin of :func:`signed`."""
+    members, per_source, sigma, _ = noise
+    y = x.float() * unpacked_signs(words[members // per_source], x.shape[1])
+    if scaled:
+        y = y * (sigma * sign_of(members, per_source))[:, None]
     return (y if plus is None else y + plus).to(dtype or x.dtype)
 
 
 @triton.jit
 def _signed_kernel(
-    x, words, members, plus, out, size, width, scale, ANTITHETIC: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    words,
+    members,
+    plus,
+    out,
+    size,
+    width,
+    scale,
+    ANTITHETIC: tl.constexpr,
+    PER_SOURCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     start = tl.program_id(1) * BLOCK
@@ -126,7 +135,7 @@ def _signed_kernel(
     member = tl.load(members + row).to(tl.int64)
     at = (row * size)[:, None] + cols[None, :]
     y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    y = flipped(y, words + member // SHARE * width, width, start, BLOCK)
+    y = flipped(y, words + member // PER_SOURCE * width, width, start, BLOCK)
     if ANTITHETIC:
         y = tl.where((member % 2 == 0)[:, None], y, -y)
     y = y * scale
@@ -135,6 +144,6 @@ def _signed_kernel(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-def sign_of(members: Tensor, share: int) -> Tensor:
-    """+1 or -1 of each member in its antithetic pair, ``(n,)`` float32."""
-    return (1 - 2 * (members % 2)).float() if share == 2 else torch.ones_like(members, dtype=torch.float32)
+def sign_of(members: Tensor, per_source: int) -> Tensor:
+    """Return the sign, +1 or -1, of each member within its antithetic pair, ``(n,)`` float32."""
+    return (1 - 2 * (members % 2)).float() if per_source == 2 else torch.ones_like(members, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""What the kernels have in common: packed signs, products, activations, and tuning.
+"""Building blocks of the kernels: packed signs, products, activations, and tuning.
 
-Every row is computed by itself, and in one order of additions whatever the number of rows, so a member's output does not
-depend on the rows beside it.
+Every row is computed separately, with an order of additions that does not depend on the number of rows, so a member's output
+does not depend on the other rows.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -18,27 +18,27 @@ from torch import Tensor
 
 from es_flipout.kernels import Activation, Precision, interpreted
 
-# The interpreter computes with the bit patterns of bf16 numbers, so there they are float32 numbers rounded to bf16.
+# The interpreter would compute with the bit patterns of bf16 numbers, so there they are float32 numbers rounded to bf16.
 _INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
-def signed_scale(scale, scale_at, member, ROWS: tl.constexpr, SHARE: tl.constexpr):
-    """A number, or what lies in memory, with the sign of each member in its pair: ``(ROWS,)``."""
+def signed_scale(scale, scale_at, member, ROWS: tl.constexpr, PER_SOURCE: tl.constexpr):
+    """Return a scale, given as a number or in memory, with the sign of each member within its pair, ``(ROWS,)``."""
     if scale_at is not None:
         scale = tl.load(scale_at).to(tl.float32)
     scales = tl.zeros((ROWS,), tl.float32) + scale
-    if SHARE == 2:
+    if PER_SOURCE == 2:
         scales = tl.where(member % 2 == 0, scales, -scales)
     return scales
 
 
 @triton.jit
 def flipped(values, words_at, width, start, SIZE: tl.constexpr):
-    """``values`` ``(rows, SIZE)`` with the sign of every entry turned whose bit is 0.
+    """Flip the sign of every entry of ``values`` ``(rows, SIZE)`` whose bit is 0.
 
-    ``words_at`` points to each row's words, of which there are ``width``; the bits are those of the columns from ``start``,
-    a multiple of ``SIZE``. A row's word is loaded once, not once for each of its bits.
+    ``words_at`` points to the ``width`` words of each row; the bits are those of the columns from ``start`` on, a multiple of
+    ``SIZE``. A word is loaded once, not once per bit.
     """
     col = start + tl.arange(0, SIZE)
     first = start // 32
@@ -53,7 +53,7 @@ def flipped(values, words_at, width, start, SIZE: tl.constexpr):
 
 @triton.jit
 def narrowed(values, PRECISION: tl.constexpr):
-    """``values`` as products take them: activations in registers need not be wider."""
+    """Convert ``values`` to the input type of products: activations in registers need not be wider."""
     if PRECISION == "bf16":
         values = values.to(tl.bfloat16)
         if _INTERPRETED:
@@ -63,7 +63,7 @@ def narrowed(values, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """``total + a @ b``, summed in float32."""
+    """Return ``total + a @ b``, summed in float32."""
     if PRECISION == "bf16":
         if _INTERPRETED:
             a, b = a.to(tl.float32).to(tl.bfloat16), b.to(tl.float32).to(tl.bfloat16)
@@ -77,7 +77,7 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent, to 2e-7 of its value: near zero a polynomial, fitted on [0, 0.625], elsewhere an exponential."""
+    """Compute the hyperbolic tangent with relative error 2e-7: a polynomial fitted on [0, 0.625], elsewhere an exponential."""
     size = tl.abs(x)
     z = size * size
     near = size + size * z * (
@@ -90,7 +90,7 @@ def tanh(x):
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
-    """The activation of every entry; NaN stays NaN."""
+    """Apply an activation elementwise; NaN stays NaN."""
     if ACTIVATION == "tanh":
         x = tanh(x)
     elif ACTIVATION == "relu":
@@ -106,7 +106,7 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 def activated_torch(x: Tensor, activation: Activation) -> Tensor:
-    """Twin of :func:`activated`."""
+    """Torch twin of :func:`activated`."""
     functions = torch.nn.functional
     match activation:
         case "tanh":
@@ -123,21 +123,21 @@ def activated_torch(x: Tensor, activation: Activation) -> Tensor:
 
 
 def product_torch(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
-    """Twin of :func:`product` without a total: ``a @ b`` in float32, with inputs rounded to bf16 where that is asked for."""
+    """Torch twin of :func:`product`, without a total: ``a @ b`` in float32, with inputs rounded to bf16 for that precision."""
     if precision == "bf16":
         a, b = a.bfloat16(), b.bfloat16()
     return a.float() @ b.float()
 
 
 def config(warps: int = 4, stages: int = 2, **sizes: int) -> triton.Config:
-    """One way to run a kernel."""
+    """Create a launch configuration of a kernel."""
     return triton.Config(sizes, num_warps=warps, num_stages=stages)
 
 
 class Tuned:
     """A kernel that runs with the fastest of its configurations for every size.
 
-    All configurations add in the same order, so the choice changes no bit. The interpreter takes the first.
+    All configurations add in the same order, so the choice does not change the result. The interpreter uses the first one.
     """
 
     def __init__(self, kernel: Any, key: Sequence[str]) -> None:
@@ -157,25 +157,25 @@ class Tuned:
 
 
 def ceil_div(number: int, by: int) -> int:
-    """Rounded up."""
+    """Divide and round up."""
     return -(-number // by)
 
 
 def block(size: int, most: int) -> int:
-    """The smallest power of two that holds ``size``, in [16, ``most``]: products need at least 16."""
+    """Return the smallest power of two that is at least ``size``, clamped to [16, ``most``]: products need at least 16."""
     return max(16, min(most, bucket(size)))
 
 
 def bucket(rows: int) -> int:
-    """Numbers of rows that are tuned together: up to the next power of two."""
+    """Round up to a power of two: numbers of rows in the same bucket share a configuration."""
     return 1 << max(rows - 1, 0).bit_length()
 
 
 def in_memory(number: float | Tensor) -> tuple[float, Tensor | None]:
-    """A number as kernels take it: itself, or a tensor of no dimensions that holds it, so that a CUDA graph sees it change."""
+    """Return a number as kernel arguments: by value, or as a 0-dimensional tensor, whose changes a CUDA graph sees."""
     return (0.0, number) if isinstance(number, Tensor) else (number, None)
 
 
 def on_device(x: Tensor) -> Any:
-    """Makes the device of ``x`` the current one: Triton launches there."""
+    """Return a context in which the device of ``x`` is the current one, on which Triton launches kernels."""
     return torch.cuda.device_of(x)

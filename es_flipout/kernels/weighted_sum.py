@@ -1,4 +1,4 @@
-"""The sum over noise sources ``R^T diag(v) S`` from packed signs, always in the same order."""
+"""The sum over noise sources ``R^T diag(v) S`` from packed signs, in a fixed order."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
@@ -13,15 +13,15 @@ from es_flipout.kernels import interpreted
 from es_flipout.kernels.tiles import Tuned, block, ceil_div, config, flipped, on_device
 from es_flipout.randomness import unpacked_signs
 
-_LEAST_SOURCES = 512  # of one partial sum
-_MOST_NUMBERS = 1 << 24  # of all partial sums
+_LEAST_SOURCES = 512  # minimum number of sources per partial sum
+_MOST_NUMBERS = 1 << 24  # maximum number of elements of all partial sums
 
 
 def weighted_sum(v: Tensor, r: Tensor, s: Tensor, size_out: int, size_in: int) -> Tensor:
-    """Sum of ``v_n r_n s_n^T``.
+    """Compute the sum of ``v_n r_n s_n^T``.
 
-    The sources are added in parts whose size depends only on the shapes, then the parts in their order: the same bits every
-    time, and no atomic additions.
+    Sources are summed in parts whose size depends only on the shapes, and the parts are added in order. There are no atomic
+    additions, so the result is deterministic.
 
     Args:
         v: ``(num_sources,)`` float32.
@@ -51,7 +51,7 @@ def weighted_sum(v: Tensor, r: Tensor, s: Tensor, size_out: int, size_in: int) -
 
 
 def weighted_sum_torch(v: Tensor, r: Tensor, s: Tensor, size_out: int, size_in: int) -> Tensor:
-    """Twin of :func:`weighted_sum`."""
+    """Torch twin of :func:`weighted_sum`."""
     return (unpacked_signs(r, size_out) * v[:, None]).T @ unpacked_signs(s, size_in).to(v.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Population-aware twins of torch layers, and the conversion of an ``nn.Module``."""
+"""Population-aware twins of torch layers, and the conversion of any ``nn.Module``."""
 
 from es_flipout.layers.convert import Conversion, UnsupportedLayerError, convert, stays_still
 from es_flipout.layers.leaf import Leaf, Weight

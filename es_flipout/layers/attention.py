@@ -22,7 +22,7 @@ class PopulationAttention(Leaf):
         "out_proj.bias",
     )
 
-    # None tells nn.TransformerEncoderLayer not to read the weights for a fused kernel of its own.
+    # None keeps nn.TransformerEncoderLayer from passing the weights to its own fused kernel.
     in_proj_bias = None
 
     def __init__(self, layer: nn.MultiheadAttention) -> None:
@@ -42,7 +42,7 @@ class PopulationAttention(Leaf):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``, for each member."""
+        """Compute ``nn.MultiheadAttention`` for each member."""
         projected = self.over_rows(self._project, query, *(None if t is query else t for t in (key, value)))
         single = query.ndim == 2
         if single:
@@ -72,7 +72,7 @@ class PopulationAttention(Leaf):
         return output, shown[0] if single else shown
 
     def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries, keys and values of all rows; a missing key or value is the query."""
+        """Compute queries, keys and values of all rows; a missing key or value is the query."""
         weights, bias = self.place.weights, self.bias_rows("in_proj_bias")
         if self._qkv_same_embed_dim and key is None and value is None:
             return weights["in_proj_weight"].linear(query, bias).chunk(3, -1)
@@ -92,7 +92,7 @@ class PopulationAttention(Leaf):
 
 
 def _as_addend(mask: Tensor, scores: Tensor) -> Tensor:
-    """A mask as what is added to the scores: a boolean one is true where nobody may look."""
+    """Convert a mask to an addend of the scores; a boolean mask is true at positions that must not be attended to."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, float("-inf"))

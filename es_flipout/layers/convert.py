@@ -32,12 +32,12 @@ _TWINS: dict[type[nn.Module], Callable[[Any], Leaf]] = {
     **dict.fromkeys((nn.RNNCell, nn.GRUCell, nn.LSTMCell), PopulationCell),
     nn.MultiheadAttention: PopulationAttention,
 }
-# Layers of torch whose parameters are used entry by entry: every member gets its own, and torch's own code uses them.
+# Torch layers with elementwise parameters: torch's own code runs with a separate copy of the parameters for each member.
 _ENTRY_BY_ENTRY = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
 _SUPPORTED = (*_TWINS, *_ENTRY_BY_ENTRY)
-# Twins that need to know which dimension is which, and so see one member at a time.
+# Twins that depend on the meaning of every dimension, and therefore see one member at a time.
 _NOT_ROW_WISE = (PopulationRecurrent, PopulationAttention)
-# Layers without parameters that treat every entry of the last dimension, or every row, alike.
+# Layers without parameters that act elementwise or row by row.
 _ROW_WISE = (
     nn.Identity,
     nn.Tanh,
@@ -54,7 +54,7 @@ _ROW_WISE = (
 
 
 class UnsupportedLayerError(UserError):
-    """The module holds parameters in a layer that cannot be perturbed; the message names the layer."""
+    """The module has parameters in a layer that cannot be perturbed; the message names the layer."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Conversion:
 
     Attributes:
         twin: a copy of the module whose layers with parameters are population-aware.
-        leaves: these layers, with the name of the parameter in the module for each name in the layer.
-        bare: parameters that the module's own code uses, by name in the twin, with their name in the module.
-        row_wise: the twin may be called with all rows; otherwise it needs ``torch.func.vmap``.
+        leaves: these layers; for each, a mapping from parameter names in the layer to names in the module.
+        bare: parameters that the module's own code uses: a mapping from names in the twin to names in the module.
+        row_wise: whether the twin may be called with all rows at once; otherwise it needs ``torch.func.vmap``.
     """
 
     twin: nn.Module
@@ -75,21 +75,21 @@ class Conversion:
 
 
 def convert(module: nn.Module) -> Conversion:
-    """The population-aware twin of ``module``, which is not changed.
+    """Convert ``module``, which is not modified, into its population-aware twin.
 
-    Layers that this package knows become population-aware. Any other parameter (of a normalisation, or a bare ``nn.Parameter``
-    of the user's own class) is used by the module's own code, as a copy for each member. Tied weights stay tied.
+    Supported layers become population-aware. All other parameters (of a normalization, or a bare ``nn.Parameter`` of the
+    user's own class) are used by the module's own code, with one copy per member. Tied weights stay tied.
 
     Raises:
-        UnsupportedLayerError: a layer of torch has parameters and no twin, mixes the members, or a parameter is no
-            floating-point number.
+        UnsupportedLayerError: a torch layer has parameters but no twin, or mixes members, or a parameter is not of a
+            floating-point type.
     """
     for name, child in module.named_modules():
         _refuse_unsupported(name, child)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     leaves: dict[Leaf, dict[str, str]] = {}
     memo: dict[int, Any] = {}
-    inside: set[int] = set()  # modules that went with the leaf they belong to
+    inside: set[int] = set()  # modules inside a layer that became a leaf
     for _, child in module.named_modules():
         if type(child) not in _TWINS or id(child) in inside or not _is_plain(child):
             continue
@@ -98,7 +98,7 @@ def convert(module: nn.Module) -> Conversion:
         memo[id(child)] = leaf
         leaves[leaf] = own
         inside |= {id(grandchild) for grandchild in child.modules()}
-    # Copying with the twins already in the memo leaves their weights behind.
+    # The memo already holds the twins, so the layers that they replace are not copied.
     twin = copy.deepcopy(module, memo)
     bare = {name: names[id(module.get_parameter(name))] for name, _ in twin.named_parameters()}
     return Conversion(twin, leaves, bare, not bare and _is_row_wise(twin))
@@ -109,41 +109,43 @@ def _refuse_unsupported(name: str, layer: nn.Module) -> None:
     where = f"layer {name or '(the module itself)'!r} of type {kind}"
     if isinstance(layer, nn.modules.batchnorm._NormBase) and not _is_harmless_norm(layer):
         raise UnsupportedLayerError(
-            f"{where} keeps statistics of a batch, which would mix the members of a population; use GroupNorm or "
-            "LayerNorm in its place"
+            f"{where} keeps batch statistics, which would mix the members of a population; use GroupNorm or "
+            "LayerNorm instead"
         )
     parameters = list(layer.parameters(recurse=False))
     for parameter in parameters:
         if isinstance(parameter, nn.UninitializedParameter):
-            raise UnsupportedLayerError(f"{where} has no size yet; call the module once before it becomes a population")
+            raise UnsupportedLayerError(f"{where} has no size yet; call the module once before creating a population")
         if not parameter.is_floating_point():
-            raise UnsupportedLayerError(f"{where} has a parameter of {parameter.dtype}; supported: floating point")
+            raise UnsupportedLayerError(
+                f"{where} has a parameter of {parameter.dtype}; only floating point is supported"
+            )
     if parameters and type(layer).__module__.startswith("torch.nn.modules") and type(layer) not in _SUPPORTED:
         supported = ", ".join(kind.__name__ for kind in _SUPPORTED)
         is_projection = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
         if not is_projection:
             raise UnsupportedLayerError(
-                f"{where} has parameters and cannot be perturbed; supported layers with parameters: {supported}, and "
+                f"{where} has parameters that cannot be perturbed; supported layers with parameters: {supported}, and "
                 "parameters of your own modules"
             )
     if isinstance(layer, nn.MultiheadAttention) and (layer.bias_k is not None or layer.add_zero_attn):
         raise UnsupportedLayerError(f"{where} uses add_bias_kv or add_zero_attn, which are not supported")
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        raise UnsupportedLayerError(f"{where} uses max_norm, which changes weights in the forward; not supported")
+        raise UnsupportedLayerError(f"{where} uses max_norm, which changes weights in the forward and is not supported")
 
 
 def _is_harmless_norm(layer: nn.Module) -> bool:
-    """An instance normalisation without statistics or parameters treats every example alone."""
+    """Return whether a layer is an instance normalization that treats examples separately: no statistics or parameters."""
     return isinstance(layer, nn.modules.instancenorm._InstanceNorm) and not (layer.affine or layer.track_running_stats)
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Nobody listens to the layer's calls or computes its weights before them."""
+    """Return whether a layer has no hooks, which may observe its calls or compute its weights."""
     return not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _is_row_wise(twin: nn.Module) -> bool:
-    """Calling the twin with all rows is known to be as good as calling it member by member."""
+    """Return whether calling the twin with all rows is known to be equivalent to calling it member by member."""
     if any(isinstance(child, _NOT_ROW_WISE) for child in twin.modules()):
         return False
     if isinstance(twin, (Leaf, *_ROW_WISE)) or getattr(twin, "row_wise", False):
@@ -154,7 +156,7 @@ def _is_row_wise(twin: nn.Module) -> bool:
 
 
 def stays_still(module: nn.Module, parameter: Tensor) -> int | None:
-    """The entry of an embedding's weight that is padding, and so the same for every member; None where there is none."""
+    """Return the padding index of an embedding's weight, whose row is the same for all members; None if there is none."""
     for child in module.modules():
         if isinstance(child, nn.Embedding) and child.weight is parameter and child.padding_idx is not None:
             return child.padding_idx

@@ -1,4 +1,4 @@
-"""The population-aware twins of torch's convolutions. Letters: ``B`` examples of a member, ``C`` channels."""
+"""The population-aware twins of torch's convolutions. Letters: ``B`` examples per member, ``C`` channels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PopulationConvolution(Leaf):
         self._operation = Convolution(layer.stride, layer.groups, layer.dilation, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(n, [B,] C, *space)`` to ``(n, [B,] C', *space')``."""
+        """Map ``(n, [B,] C, *space)`` to ``(n, [B,] C', *space')``."""
         return self.over_rows(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -44,17 +44,17 @@ class PopulationTransposedConvolution(Leaf):
 
     def __init__(self, layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> None:
         super().__init__()
-        assert not isinstance(layer.padding, str)  # torch refuses it
+        assert not isinstance(layer.padding, str)  # torch rejects it
         self._kernel_size = layer.kernel_size
         self._operation = TransposedConvolution(
             layer.stride, layer.groups, layer.dilation, tuple(layer.padding), tuple(layer.output_padding)
         )
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """``(n, [B,] C, *space)`` to ``(n, [B,] C', *space')``.
+        """Map ``(n, [B,] C, *space)`` to ``(n, [B,] C', *space')``.
 
         Raises:
-            ValueError: the input cannot give an output of ``output_size``.
+            ValueError: ``output_size`` is not possible for this input.
         """
         operation = self._operation
         if output_size is not None:
@@ -67,7 +67,7 @@ class PopulationTransposedConvolution(Leaf):
         return y if bias is None else y + over_channels(bias, y, operation.dims)
 
     def _padding_to(self, output_size: Sequence[int], space: Sequence[int]) -> tuple[int, ...]:
-        """What has to be added so that the output has ``output_size``."""
+        """Return the output padding with which the output has ``output_size``."""
         op, wanted = self._operation, list(output_size)[-len(space) :]
         smallest = [
             (size - 1) * op.stride[d] - 2 * op.padding[d] + op.dilation[d] * (self._kernel_size[d] - 1) + 1

@@ -1,8 +1,8 @@
-"""What the population-aware twins have in common: where their weights come from, and how rows reach them.
+"""The base class of population-aware twins: where their weights come from, and how rows reach them.
 
-A twin computes all rows at once: ``(n, ...)`` with row ``i`` through the weights of the member in row ``i``. A module whose
-forward works row by row is called with all rows. Any other module runs under ``torch.func.vmap``, so that its own code sees one
-member at a time; its twins step out of it and see all rows again.
+A twin computes all rows ``(n, ...)`` at once: the weights of the member in row ``i`` are applied to row ``i``. A module whose
+forward works row by row is called with all rows. Any other module runs under ``torch.func.vmap``, so that its own code sees
+one member at a time; its twins leave ``vmap`` and see all rows again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from es_flipout.perturbations.operations import Operation
 
 
 class Weight(NamedTuple):
-    """One parameter of a layer, and the members in the rows at the moment."""
+    """A parameter of a layer, and the members that the rows currently belong to."""
 
     perturbation: Perturbation[Any]
     rows: Any
 
     def values(self) -> Tensor:
-        """The members' parameters, dense, ``(n, *shape)``."""
+        """Return the dense parameters of the members, ``(n, *shape)``."""
         return self.perturbation.values(self.rows)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
@@ -43,11 +43,11 @@ class Weight(NamedTuple):
 
 @dataclass
 class Place:
-    """Whose weights a layer has at the moment; apart, because setting attributes of an ``nn.Module`` is slow.
+    """The current weights of a layer; a separate object, because setting attributes of an ``nn.Module`` is slow.
 
     Attributes:
-        weights: by the parameter's name in the layer.
-        token: under ``vmap``, any tensor with one row for each row of the population; otherwise None.
+        weights: weights by their names in the layer.
+        token: under ``vmap``, any tensor with one row per row of the population; otherwise None.
     """
 
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Place:
 
 
 class Leaf(nn.Module):
-    """Stands where a layer with parameters stood. The population sets ``place`` before every forward.
+    """Replaces a layer with parameters. The population sets ``place`` before every forward.
 
     Attributes:
         parameter_names: names of the layer's parameters, as in its state dict.
@@ -68,17 +68,17 @@ class Leaf(nn.Module):
         self.place = Place()
 
     def over_rows(self, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """``function`` of the inputs with all rows, ``(n, ...)`` each, whether under ``vmap`` or not."""
+        """Call ``function`` with all rows of the inputs, ``(n, ...)`` each, whether under ``vmap`` or not."""
         token = self.place.token
         return function(*inputs) if token is None else _AllRows.apply(function, token, *inputs)
 
     def bias_rows(self, name: str = "bias") -> Tensor | None:
-        """The biases of the members in the rows, ``(n, size)``; None where the layer has none."""
+        """Return the biases of the rows' members, ``(n, size)``; None if the layer has no bias."""
         bias = self.place.weights.get(name)
         return None if bias is None else bias.values()
 
     def __getattr__(self, name: str) -> Any:
-        # A module may use a layer's weight itself, for instance to multiply with an embedding once more.
+        # A module may use a layer's weight directly, for example to multiply by the weight of an embedding.
         if name in type(self).parameter_names and name in self.__dict__["place"].weights:
             return self.over_rows(lambda *_: self.place.weights[name].values())
         if name in type(self).parameter_names:
@@ -87,7 +87,7 @@ class Leaf(nn.Module):
 
 
 class _AllRows(torch.autograd.Function):
-    """Leaves ``vmap``: its rule for batches hands all rows to a function of them."""
+    """Leaves ``vmap``: its batching rule calls a function with all rows."""
 
     @staticmethod
     def forward(function: Callable[..., Any], token: Tensor, *inputs: Tensor | None) -> Any:
@@ -101,7 +101,7 @@ class _AllRows(torch.autograd.Function):
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch passes the inputs one by one)
         info: Any, in_dims: tuple[Any, ...], function: Callable[..., Any], token: Tensor, *inputs: Tensor | None
     ) -> tuple[Any, Any]:
-        """All rows of all inputs first; one that is the same for every member is repeated."""
+        """Move the rows of all inputs to the first dimension; inputs that all members share are expanded."""
         rows = [_rows_first(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims[2:], strict=True)]
         output = function(*rows)
         return output, tuple(0 for _ in output) if isinstance(output, tuple) else 0

@@ -13,10 +13,10 @@ class PopulationLinear(Leaf):
     """Twin of ``nn.Linear``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(n, ..., in)`` to ``(n, ..., out)``."""
+        """Map ``(n, ..., in)`` to ``(n, ..., out)``."""
         return self.over_rows(self._forward, x)
 
-    # Nobody hangs hooks on a twin, and looking for them takes longer than a small layer.
+    # Twins have no hooks, and checking for hooks takes longer than computing a small layer.
     __call__ = forward
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class PopulationBilinear(Leaf):
     """Twin of ``nn.Bilinear``."""
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        """``(n, ..., in1)`` and ``(n, ..., in2)`` to ``(n, ..., out)``."""
+        """Map ``(n, ..., in1)`` and ``(n, ..., in2)`` to ``(n, ..., out)``."""
         return self.over_rows(self._forward, one, other)
 
     def _forward(self, one: Tensor, other: Tensor) -> Tensor:

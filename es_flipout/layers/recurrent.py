@@ -1,6 +1,6 @@
 """The population-aware twins of torch's recurrent layers and cells.
 
-A member has one weight sample for the whole sequence. Letters: ``T`` steps, ``B`` sequences of a member, ``H`` hidden size,
+A member uses the same weights for the whole sequence. Letters: ``T`` steps, ``B`` sequences per member, ``H`` hidden size,
 ``D`` directions.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from es_flipout.errors import UserError
 from es_flipout.layers.leaf import Leaf
 
-State = tuple[Tensor, ...]  # (h,) or, of an LSTM, (h, c)
+State = tuple[Tensor, ...]  # (h,) or, for an LSTM, (h, c)
 
 
 class PopulationCell(Leaf):
@@ -32,7 +32,7 @@ class PopulationCell(Leaf):
         self._step = _step_of(cell, getattr(cell, "nonlinearity", "tanh"))
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:
-        """``(n, [B,] in)`` and the state ``(n, [B,] H)`` to the next state; of an LSTM, state means ``(h, c)``."""
+        """Map ``(n, [B,] in)`` and the state ``(n, [B,] H)`` to the next state; for an LSTM, the state is ``(h, c)``."""
         shape = (*x.shape[:-1], self._hidden)
         state = _checked_state(hx, self._is_lstm, (shape, shape), x, of_member=0 if self.place.token is not None else 1)
         after = self.over_rows(self._forward, x, *state)
@@ -58,14 +58,14 @@ class PopulationRecurrent(Leaf):
         self.train(layer.training)
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: there is no memory layout to keep."""
+        """Do nothing: there is no memory layout to maintain."""
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:
-        """``(T, in)``, ``(T, B, in)`` or ``(B, T, in)`` of each member to the outputs and the final state.
+        """Map ``(T, in)``, ``(T, B, in)`` or ``(B, T, in)`` of each member to the outputs and the final state.
 
         Raises:
             UserError: the input is a packed sequence.
-            ValueError: a state has another shape.
+            ValueError: a state has the wrong shape.
         """
         if isinstance(x, PackedSequence):
             raise UserError("packed sequences are not supported in a population; pad them and mask the outputs")
@@ -98,9 +98,9 @@ class PopulationRecurrent(Leaf):
         return x.transpose(1, 2) if self._batch_first else x, *after
 
     def _scan(self, x: Tensor, state: State, suffix: str, backwards: bool) -> tuple[Tensor, State]:
-        """One layer in one direction: ``(n, T, B, in)`` and the state ``(n, B, H)`` to the outputs and the final state."""
+        """Compute one layer in one direction: ``(n, T, B, in)`` and state ``(n, B, H)`` to outputs and final state."""
         weights = self.place.weights
-        # The input does not depend on the state, so all its steps are one product.
+        # The inputs do not depend on the state, so all steps are projected in one product.
         projected = weights[f"weight_ih{suffix}"].linear(x, self.bias_rows(f"bias_ih{suffix}"))
         bias = self.bias_rows(f"bias_hh{suffix}")
         projection = weights.get(f"weight_hr{suffix}")
@@ -116,7 +116,7 @@ class PopulationRecurrent(Leaf):
 
 
 def _step_of(layer: nn.Module, nonlinearity: str) -> Callable[[Tensor, Tensor, State], State]:
-    """The equations of a layer: projected input, projected state and state to the next state."""
+    """Return the update equations of a layer: projected input, projected state and state to the next state."""
     if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
         return _lstm_step
     if isinstance(layer, (nn.GRU, nn.GRUCell)):
@@ -140,9 +140,9 @@ def _gru_step(projected: Tensor, recurrent: Tensor, state: State) -> State:
 
 
 def _checked_state(hx: Any, is_lstm: bool, shapes: tuple[tuple[int, ...], ...], x: Tensor, of_member: int = 0) -> State:
-    """The given state as a tuple, or zeros of the given shapes (of ``h``, then of ``c``).
+    """Return the given state as a tuple, or zeros of the given shapes (of ``h``, then of ``c``).
 
-    A member's own shape begins at the dimension ``of_member``.
+    In error messages, the shape for one member starts at dimension ``of_member``.
     """
     wanted = shapes[: 2 if is_lstm else 1]
     if hx is None:

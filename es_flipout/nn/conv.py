@@ -1,4 +1,4 @@
-"""``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with weight noise: one filter bank for each image, not for each pixel."""
+"""``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with weight noise: one filter bank per image, not per pixel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONVOLUTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class _FlipoutConv(NoisyLayer, nn.modules.conv._ConvNd):
-    """``x (n, channels, *space)``, or one example without ``n``; signs over channels, constant over space."""
+    """Maps ``(n, channels, *space)``, or one example without ``n``; signs vary over channels, not over space."""
 
     @override
     def inputs(self, weight: Tensor) -> int:
@@ -31,7 +31,7 @@ class _FlipoutConv(NoisyLayer, nn.modules.conv._ConvNd):
         return sample["bias"].added(y, 1) if "bias" in sample else y
 
     def _convolve(self, x: Tensor, weight: Tensor, times: int = 1) -> Tensor:
-        """As the twin without bias; ``times`` the channels and groups."""
+        """Convolve like the twin, without bias, with ``times`` as many channels and groups."""
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -40,7 +40,7 @@ class _FlipoutConv(NoisyLayer, nn.modules.conv._ConvNd):
         return convolution(x, weight, None, self.stride, padding, self.dilation, times * self.groups)
 
     def _own_convolve(self, x: Tensor, weights: Tensor) -> Tensor:
-        """``weights (n, out, in / groups, *kernel)``: the examples become groups of channels."""
+        """Convolve with ``weights (n, out, in / groups, *kernel)``; examples become groups of channels."""
         n = x.shape[0]
         y = self._convolve(x.reshape(1, -1, *x.shape[2:]), weights.flatten(0, 1), n)
         return y.view(n, self.out_channels, *y.shape[2:])

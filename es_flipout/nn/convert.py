@@ -1,4 +1,4 @@
-"""A copy of any module with weight noise in its supported layers."""
+"""Conversion of any module to a copy with weight noise in its supported layers."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def flipout(
     recurrent_only: bool = False,
     generator: Generator | None = None,
 ) -> Module:
-    """A copy of ``module`` whose Linear, Conv1d/2d/3d, LSTM, GRU and RNN layers have weight noise while training.
+    """Return a copy of ``module`` whose Linear, Conv1d/2d/3d, LSTM, GRU and RNN layers have weight noise in training mode.
 
-    Weights, tied weights, hooks, mode and state-dict names are kept. Layers whose parameters are all vectors (norms, PReLU) and
-    embeddings stay deterministic; any other layer with weights and no twin is an error unless it is in ``keep``.
+    Weights, tied weights, hooks, mode and state-dict names are kept. Embeddings, and layers whose parameters are all vectors
+    (norms, PReLU), stay deterministic. Any other layer with weights but without a twin is an error unless it is in ``keep``.
 
     Args:
-        module: not changed.
+        module: the module to convert; it is not modified.
         noise: distribution of the weights.
-        estimator: flipout, shared, independent, or local_reparameterization where all layers are Linear.
-        keep: names (as in ``named_modules``) or classes of layers that stay deterministic, with all inside them.
-        recurrent_only: in recurrent layers, noise on the hidden-to-hidden matrices only.
-        generator: source of the random numbers for all layers; not copied.
+        estimator: flipout, shared, independent, or local_reparameterization if all layers are Linear.
+        keep: names (as in ``named_modules``) or classes of layers that stay deterministic, including everything inside them.
+        recurrent_only: in recurrent layers, only the hidden-to-hidden matrices are noisy.
+        generator: random number generator of all layers; it is not copied.
 
     Raises:
-        UserError: a layer that has no twin and is not kept, a name in ``keep`` that does not exist, or an estimator that does
-            not exist for a layer and noise.
+        UserError: a layer has no twin and is not kept, a name in ``keep`` does not exist, or the estimator does not support
+            a layer or the noise.
     """
     kept_names = {entry for entry in keep if isinstance(entry, str)}
     kept_types = tuple(entry for entry in keep if not isinstance(entry, str))
     if unknown := kept_names - {name for name, _ in module.named_modules(remove_duplicate=False)}:
         raise UserError(f"no layer of the module is named {', '.join(sorted(unknown))} (keep=...)")
-    twins: dict[nn.Module, nn.Module] = {}  # a layer that is used twice stays one layer
+    twins: dict[nn.Module, nn.Module] = {}  # a layer that is used twice gets one twin
 
     def converted(layer: nn.Module, name: str) -> nn.Module:
         if name in kept_names or isinstance(layer, kept_types):
@@ -73,7 +73,7 @@ def flipout(
         if not embedding and any(parameter.ndim > 1 for parameter in own.values()):
             raise UserError(
                 f"no weight noise for {name or 'the module itself'} ({type(layer).__name__}): "
-                f"leave it without noise with keep=[{name or type(layer).__name__!r}]"
+                f"to keep it deterministic, set keep=[{name or type(layer).__name__!r}]"
             )
         for child_name, child in layer.named_children():
             layer._modules[child_name] = converted(child, f"{name}.{child_name}".lstrip("."))
@@ -91,7 +91,7 @@ def flipout(
 def as_flipout(
     layer: nn.Module, noise: Noise, estimator: Estimator, generator: Generator | None, recurrent_only: bool
 ) -> NoisyLayer:
-    """The noisy twin of one layer, with the same parameters (not copies)."""
+    """Return the noisy twin of one layer, which shares its parameters."""
     twin: Any = TWINS[type(layer)].__new__(TWINS[type(layer)])
     twin.__dict__.update(layer.__dict__)
     twin._parameters = layer._parameters.copy()

@@ -1,16 +1,16 @@
-"""What all flipout layers share: their noisy parameters, and drawing one weight sample for each example of a batch.
+"""The base class of flipout layers: their noisy parameters, and drawing one weight sample per example of a batch.
 
-Estimators of the same noise, n examples in a batch:
+Estimators of the same noise, for n examples in a batch:
 
-- ``flipout``: one base perturbation B for the batch, and for example n W_n = mean + B * (r_n s_n^T), r and s random signs over
-  the outputs and the inputs (Wen et al., ICLR 2018, equation 3). Two products instead of one.
+- ``flipout``: one base perturbation B per batch; example n has W_n = mean + B * (r_n s_n^T), with random signs r over the
+  outputs and s over the inputs (Wen et al., ICLR 2018, equation 3). Costs two products instead of one.
 - ``shared``: one weight sample for the whole batch.
-- ``independent``: a weight sample of its own for each example; n weight matrices in memory. The reference.
+- ``independent``: one weight sample per example; n weight matrices in memory. The reference.
 - ``local_reparameterization``: noise drawn on the outputs (Kingma et al., 2015); fully connected layers and Gaussian noise only.
 
-An example is one entry of the first dimension (in recurrent layers, of the batch dimension that ``batch_first`` names). All its
-pixels, time steps and other inner dimensions see the same weights.
-Noisy biases are vectors and cost nothing: each example has its own, except with ``shared``.
+An example is one entry of the first dimension (in recurrent layers, of the batch dimension given by ``batch_first``). All its
+pixels, time steps and other inner dimensions see the same weights. Noisy biases are vectors and therefore cheap: each example
+has its own, except with ``shared``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ParameterSample:
 
     Attributes:
         mean: ``shape``.
-        delta: ``shape`` where all examples have one, ``(n, *shape)`` where each has its own, None where there is no noise.
+        delta: ``shape`` if all examples share it, ``(n, *shape)`` if each has its own, None without noise.
         r: output signs ``(n, out)``; flipout only.
         s: input signs ``(n, in)``; flipout only.
     """
@@ -48,11 +48,11 @@ class ParameterSample:
 
     @property
     def own(self) -> bool:
-        """Each example has a delta of its own."""
+        """Whether each example has its own delta."""
         return self.delta is not None and self.delta.ndim > self.mean.ndim
 
     def example(self, n: int) -> Tensor:
-        """The dense parameter of example ``n``, in the shape of the mean."""
+        """Return the dense parameter of example ``n``, in the shape of the mean."""
         if self.delta is None:
             return self.mean
         if self.r is None or self.s is None:
@@ -63,13 +63,13 @@ class ParameterSample:
         return self.mean + self.delta * sign.reshape(out, inner, *(1,) * (self.mean.ndim - 2))
 
     def product(self, x: Tensor, product: Product, own_product: Product, dim: int) -> Tensor:
-        """Multiply each example with its own weights.
+        """Multiply each example by its own weights.
 
         Args:
-            x: ``(n, ...)`` with the inputs in dimension ``dim``.
-            product: of the batch with one weight.
-            own_product: of the batch with a weight for each example, ``(n, *shape)``.
-            dim: where inputs and outputs lie, counted from either end.
+            x: ``(n, ...)``, with the inputs in dimension ``dim``.
+            product: multiplies the batch by a single weight.
+            own_product: multiplies each example by its own weight, ``(n, *shape)``.
+            dim: dimension of the inputs and outputs, counted from either end.
         """
         if self.delta is None:
             return product(x, self.mean)
@@ -79,13 +79,13 @@ class ParameterSample:
         return torch.addcmul(product(x, self.mean), spread(self.r, flipped, dim), flipped)
 
     def added(self, y: Tensor, dim: int) -> Tensor:
-        """Add this parameter, a bias, to ``y (n, ...)`` with the outputs in dimension ``dim``."""
+        """Add this parameter, a bias, to ``y (n, ...)``, whose outputs are in dimension ``dim``."""
         bias = self.mean if self.delta is None else self.mean + self.delta
         return y + spread(bias if bias.ndim == 2 else bias[None], y, dim)
 
 
 def spread(v: Tensor, x: Tensor, dim: int) -> Tensor:
-    """``v (n or 1, size)`` as a factor of ``x (n, ...)`` with ``size`` in dimension ``dim``."""
+    """Reshape ``v (n or 1, size)`` to broadcast with ``x (n, ...)``, which has ``size`` in dimension ``dim``."""
     shape = [1] * x.ndim
     shape[0], shape[dim] = v.shape
     return v.to(x.dtype).view(shape)
@@ -95,27 +95,27 @@ Sample: TypeAlias = dict[str, ParameterSample]
 
 
 def example_parameters(sample: Sample, n: int) -> dict[str, Tensor]:
-    """The dense parameters of example ``n``, for ``torch.func.functional_call`` on the torch.nn twin."""
+    """Return the dense parameters of example ``n``, for ``torch.func.functional_call`` on the torch.nn twin."""
     return {name: parameter.example(n) for name, parameter in sample.items()}
 
 
 class NoisyLayer(nn.Module):
-    """Mixed in before a torch.nn layer: same arguments, same parameter names, and noise while training.
+    """Mixin for torch.nn layers: same arguments and parameter names, with weight noise in training mode.
 
     Args:
-        *args: those of the torch.nn twin.
+        *args: arguments of the torch.nn twin.
         noise: distribution of the weights.
-        estimator: how the examples of a batch share the noise; see the module.
-        generator: source of the random numbers, on the device of the layer; torch's own where None. torch.compile steps
-            around draws from a generator of your own, so ``fullgraph=True`` needs None.
-        **kwargs: those of the torch.nn twin.
+        estimator: how the examples of a batch share the noise; see the module docstring.
+        generator: random number generator, on the device of the layer; None for torch's default generator. ``torch.compile``
+            breaks the graph at draws from any other generator, so ``fullgraph=True`` requires None.
+        **kwargs: keyword arguments of the torch.nn twin.
 
     Raises:
-        UserError: an estimator that does not exist, or not for this layer and noise.
+        UserError: the estimator is unknown, or does not support this layer or noise.
     """
 
     fully_connected: ClassVar[bool] = False
-    _noisy: tuple[str, ...] = ()  # nothing is noisy while the twin's constructor runs
+    _noisy: tuple[str, ...] = ()  # no parameter is noisy while the twin's constructor runs
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class NoisyLayer(nn.Module):
         self.add_noise(noise, estimator, generator)
 
     def add_noise(self, noise: Noise, estimator: Estimator, generator: Generator | None) -> None:
-        """The second half of the constructor: names the noisy parameters and adds their scales."""
+        """Find the noisy parameters and add their scales; the second half of the constructor."""
         _check(self, noise, estimator)
         self.noise = noise
         self.estimator: Estimator = estimator
@@ -141,25 +141,25 @@ class NoisyLayer(nn.Module):
                 self.register_parameter(f"{name}_rho", nn.Parameter(torch.full_like(mean, noise.initial_rho)))
 
     def is_noisy(self, name: str) -> bool:
-        """Whether the noise covers the parameter ``name`` of the twin."""
+        """Return whether the parameter ``name`` of the twin is noisy."""
         return self.noise.covers_bias or not name.startswith("bias")
 
     def reset_parameters(self) -> None:
-        """As the torch.nn twin, and the scales to their initial value."""
+        """Reset parameters like the torch.nn twin, and the scales to their initial value."""
         super().reset_parameters()  # type: ignore[misc]  # of the twin
         if self._noisy and isinstance(self.noise, AdditiveGaussian):
             for name in self._noisy:
                 nn.init.constant_(getattr(self, f"{name}_rho"), self.noise.initial_rho)
 
     def scale(self, name: str) -> Tensor:
-        """Factor of the unit noise of a noisy parameter."""
+        """Return the scale of the unit noise of a noisy parameter."""
         return self.noise.scale(getattr(self, name), getattr(self, f"{name}_rho", None))
 
     def sample(self, n: int) -> Sample:
-        """Draw weights for ``n`` examples; ``forward(x, sample=...)`` uses them, any number of times.
+        """Draw weights for ``n`` examples; pass them to ``forward(x, sample=...)`` any number of times.
 
         Raises:
-            UserError: local reparameterization draws outputs, not weights.
+            UserError: the estimator is local reparameterization, which draws outputs, not weights.
         """
         if self.estimator == "local_reparameterization":
             raise UserError("local reparameterization draws outputs, not weights: sample() needs another estimator")
@@ -180,7 +180,7 @@ class NoisyLayer(nn.Module):
         return ParameterSample(mean, delta, r, s)
 
     def inputs(self, weight: Tensor) -> int:
-        """Size of the inputs that ``weight`` multiplies."""
+        """Return the size of the inputs that are multiplied by ``weight``."""
         return weight.shape[1]
 
     @override
@@ -189,10 +189,12 @@ class NoisyLayer(nn.Module):
 
 
 def kl_divergence(module: nn.Module) -> Tensor:
-    """KL divergence of the weights of all ``AdditiveGaussian`` layers from their prior, each counted once; a scalar.
+    """Compute the KL divergence of the weights of all ``AdditiveGaussian`` layers from their prior; a scalar.
+
+    Shared layers are counted once.
 
     Raises:
-        UserError: no layer has such noise.
+        UserError: no layer has ``AdditiveGaussian`` noise.
     """
     total: Tensor | None = None
     for layer in module.modules():
@@ -208,11 +210,11 @@ def kl_divergence(module: nn.Module) -> Tensor:
 def _check(layer: NoisyLayer, noise: Noise, estimator: str) -> None:
     kind = type(layer).__name__
     if not isinstance(noise, Noise):
-        raise UserError(f"noise must be one of es_flipout.nn's, such as MultiplicativeGaussian(sigma=1), got {noise!r}")
+        raise UserError(f"noise must be an es_flipout.nn.Noise such as MultiplicativeGaussian(sigma=1), got {noise!r}")
     if estimator not in get_args(Estimator):
         raise UserError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
     if estimator == "local_reparameterization":
         if not layer.fully_connected:
-            raise UserError(f"local reparameterization shares no weights, so not for {kind}: use estimator='flipout'")
+            raise UserError(f"local reparameterization does not support {kind}: use estimator='flipout'")
         if not noise.gaussian:
             raise UserError(f"local reparameterization needs Gaussian noise, not {noise}: use estimator='flipout'")

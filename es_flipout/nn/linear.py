@@ -13,21 +13,21 @@ from es_flipout.nn.noise import normals
 
 
 def noisy_linear(x: Tensor, weight: ParameterSample, bias: ParameterSample | None) -> Tensor:
-    """``x (n, ..., in)`` to ``(n, ..., out)``, example n with its own weight and bias."""
+    """Map ``x (n, ..., in)`` to ``(n, ..., out)``, with a separate weight and bias for each example."""
     y = weight.product(x, F.linear, _own_linear, -1)
     return y if bias is None else bias.added(y, -1)
 
 
 def _own_linear(x: Tensor, weights: Tensor) -> Tensor:
-    """``x (n, ..., in)`` and ``weights (n, out, in)``."""
+    """Multiply ``x (n, ..., in)`` by ``weights (n, out, in)``."""
     n, out, inner = weights.shape
     return torch.bmm(x.reshape(n, -1, inner), weights.mT).view(*x.shape[:-1], out)
 
 
 class FlipoutLinear(NoisyLayer, nn.Linear):
-    """Fully connected layer; ``x (n, ..., in)`` to ``(n, ..., out)``, or one example ``(in,)``.
+    """Fully connected layer; maps ``(n, ..., in)``, or one example ``(in,)``, to ``(n, ..., out)``.
 
-    With local reparameterization the input must be ``(n, in)``: inner dimensions would share weights, which it cannot.
+    Local reparameterization requires inputs ``(n, in)``: it cannot share weights over inner dimensions.
     """
 
     fully_connected = True

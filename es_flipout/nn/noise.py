@@ -1,7 +1,7 @@
-"""Weight noise for gradient training: what is drawn for one weight matrix, as scale * unit noise.
+"""Distributions of weight noise for gradient training, as scale * unit noise.
 
-All three are independent between weights and symmetric about 0, which is what flipout asks for (Wen et al., ICLR 2018,
-section 3.1). The stored ``weight`` of a layer is always the mean of the noisy weights, so ``eval()`` simply uses it.
+All three are independent across weights and symmetric about 0, as flipout requires (Wen et al., ICLR 2018, section 3.1). The
+stored ``weight`` of a layer is always the mean of the noisy weights, so ``eval()`` simply uses it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from es_flipout.errors import UserError
 
 
 def signs(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
-    """Exactly +1 or -1 with equal chances, with the dtype and device of ``like``."""
+    """Draw signs, exactly +1 or -1 with equal probability, with the dtype and device of ``like``."""
     drawn = torch.randint(2, shape, dtype=like.dtype, device=like.device, **_from(generator))
     return drawn.mul_(2).sub_(1)
 
 
 def normals(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
-    """Standard normal numbers, with the dtype and device of ``like``."""
+    """Draw standard normal numbers with the dtype and device of ``like``."""
     return torch.randn(shape, dtype=like.dtype, device=like.device, **_from(generator))
 
 
 def _from(generator: Generator | None) -> dict[str, Any]:
-    """Only where there is one: torch.compile cannot follow ``generator=None`` where the batch size varies."""
+    """Return the generator argument only if there is one: with dynamic batch sizes, torch.compile cannot trace None."""
     return {} if generator is None else {"generator": generator}
 
 
@@ -38,8 +38,8 @@ class Noise(ABC):
     """A distribution of weights around their mean: W = mean + scale * unit.
 
     Attributes:
-        gaussian: unit noise is normal, so local reparameterization exists.
-        covers_bias: biases are noisy too; where not, they stay deterministic.
+        gaussian: whether unit noise is normal, so that local reparameterization is possible.
+        covers_bias: whether biases are noisy, too; otherwise they are deterministic.
     """
 
     gaussian: ClassVar[bool] = True
@@ -47,16 +47,16 @@ class Noise(ABC):
 
     @abstractmethod
     def scale(self, mean: Tensor, rho: Tensor | None) -> Tensor:
-        """The factor of the unit noise, in the shape of ``mean``; its sign does not matter."""
+        """Return the scale of the unit noise, in the shape of ``mean``; its sign does not matter."""
 
     def unit(self, shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
-        """Independent noise with mean 0 and variance 1."""
+        """Draw independent noise with mean 0 and variance 1."""
         return normals(shape, like, generator)
 
 
 @dataclass(frozen=True)
 class AdditiveGaussian(Noise):
-    """W = mean + softplus(rho) * normal, rho learned for each weight and bias: Bayes by Backprop (Blundell et al., 2015).
+    """W = mean + softplus(rho) * normal, with rho learned per weight and bias: Bayes by Backprop (Blundell et al., 2015).
 
     Add ``kl_divergence(model) / number_of_examples`` to the mean loss.
 
@@ -76,7 +76,7 @@ class AdditiveGaussian(Noise):
 
     @property
     def initial_rho(self) -> float:
-        """softplus(initial_rho) = initial_scale."""
+        """The value with softplus(initial_rho) = initial_scale."""
         scale = torch.tensor(self.initial_scale, dtype=torch.float64)
         return float(scale + torch.log(-torch.expm1(-scale)))
 
@@ -86,7 +86,7 @@ class AdditiveGaussian(Noise):
         return F.softplus(rho)
 
     def kl(self, mean: Tensor, rho: Tensor) -> Tensor:
-        """KL(N(mean, softplus(rho)^2) || N(0, prior_scale^2)), summed over the weights."""
+        """Compute KL(N(mean, softplus(rho)^2) || N(0, prior_scale^2)), summed over the weights."""
         scale = F.softplus(rho)
         ratio = (scale / self.prior_scale).square()
         return 0.5 * (ratio + (mean / self.prior_scale).square() - 1 - ratio.log()).sum()
@@ -94,7 +94,7 @@ class AdditiveGaussian(Noise):
 
 @dataclass(frozen=True)
 class MultiplicativeGaussian(Noise):
-    """W = mean * (1 + sigma * normal), on weight matrices only; Gaussian dropout on single weights."""
+    """W = mean * (1 + sigma * normal), on weight matrices only; Gaussian dropout of individual weights."""
 
     sigma: float = 1.0
 
@@ -108,10 +108,10 @@ class MultiplicativeGaussian(Noise):
 
 @dataclass(frozen=True)
 class DropConnect(Noise):
-    """Each weight is 0 or twice its mean with equal chances, on weight matrices only: mean * (1 + sign).
+    """Each weight is 0 or twice its mean with equal probability, on weight matrices only: mean * (1 + sign).
 
-    This is ``dropout(weight, p=0.5)`` with the usual scaling. In the paper's letters the stored weight is W/2, so a weight that
-    was trained without noise keeps its meaning.
+    This is ``dropout(weight, p=0.5)`` with the usual scaling. In the paper's notation the stored weight is W/2, so weights that
+    were trained without noise keep their meaning.
     """
 
     gaussian = False
@@ -121,7 +121,7 @@ class DropConnect(Noise):
     def __post_init__(self) -> None:
         if self.p != 0.5:
             raise UserError(
-                f"DropConnect needs p=0.5, got {self.p}: flipout asks for noise that is symmetric about the mean; "
+                f"DropConnect needs p=0.5, got {self.p}: flipout requires noise that is symmetric about the mean; "
                 "for another strength use MultiplicativeGaussian(sigma=(p / (1 - p)) ** 0.5)"
             )
 

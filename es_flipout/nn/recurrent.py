@@ -1,7 +1,7 @@
-"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` with weight noise: one weight sample for each sequence, held over time.
+"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` with weight noise: one weight sample per sequence, held over time.
 
-Input and hidden matrices have their own signs, and one vector of input signs serves all gates. The inputs of all time steps are
-projected at once; the loop over time only multiplies hidden states.
+Input and hidden matrices have separate signs; all gates share one vector of input signs. The inputs of all time steps are
+projected at once, and the loop over time only multiplies hidden states.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ States = tuple[Tensor, ...]
 
 
 class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
-    """Same inputs, states and outputs as the twin, except packed sequences.
+    """Has the same inputs, states and outputs as the twin, except packed sequences.
 
-    ``torch.compile`` steps around recurrent layers, torch.nn's too, unless ``torch._dynamo.config.allow_rnn`` is True.
+    ``torch.compile`` skips recurrent layers, including torch.nn's, unless ``torch._dynamo.config.allow_rnn`` is True.
 
     Args:
-        *args: those of the twin.
+        *args: arguments of the twin.
         noise: distribution of the weights.
         estimator: flipout, shared or independent.
-        generator: source of the random numbers.
-        recurrent_only: noise on the hidden-to-hidden matrices (and their biases) only, as in the paper's language models.
-        **kwargs: those of the twin.
+        generator: random number generator.
+        recurrent_only: only the hidden-to-hidden matrices (and their biases) are noisy, as in the paper's language models.
+        **kwargs: keyword arguments of the twin.
     """
 
     hidden_bias_in_cell = False
@@ -47,7 +47,7 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
         recurrent_only: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.recurrent_only = recurrent_only  # the constructor asks which parameters are noisy
+        self.recurrent_only = recurrent_only  # the constructor calls is_noisy
         super().__init__(*args, noise=noise, estimator=estimator, generator=generator, **kwargs)
 
     @override
@@ -56,10 +56,10 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
 
     @abstractmethod
     def cell(self, x: Tensor, hidden: Tensor, states: States) -> States:
-        """One step: projected input and hidden state, ``(n, gates * hidden)`` each, and the old states to the new states."""
+        """Compute one step from the projected input and hidden state, ``(n, gates * hidden)`` each, and the old states."""
 
     def state_sizes(self) -> tuple[int, ...]:
-        """Sizes of the hidden state and of what else the layer remembers."""
+        """Return the sizes of the hidden state and of any other state of the layer."""
         return (self.proj_size or self.hidden_size,)
 
     @override
@@ -68,7 +68,7 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
             return super().forward(input, hx)  # type: ignore[misc]  # of the twin
         if isinstance(input, PackedSequence):
             raise UserError(
-                f"{type(self).__name__} takes no packed sequences while training: pad them and mask the loss"
+                f"{type(self).__name__} does not support packed sequences in training mode: pad them and mask the loss"
             )
         if input.ndim not in (2, 3) or input.shape[-1] != self.input_size:
             raise UserError(
@@ -87,7 +87,7 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
         return x, last if len(self.state_sizes()) > 1 else last[0]
 
     def _initial_states(self, hx: Any, x: Tensor, batched: bool) -> States:
-        """As ``(layers * directions, n, size)`` each."""
+        """Return the states as ``(layers * directions, n, size)`` each."""
         rows = self.num_layers * (2 if self.bidirectional else 1)
         sizes = self.state_sizes()
         if hx is None:
@@ -102,7 +102,7 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
         return states if batched else tuple(state[:, None] for state in states)
 
     def _layers(self, x: Tensor, states: States, sample: Sample) -> tuple[Tensor, States]:
-        """``x (n, time, in)``."""
+        """Apply all layers to ``x (n, time, in)``."""
         directions = ("", "_reverse") if self.bidirectional else ("",)
         last: list[States] = []
         for layer in range(self.num_layers):
@@ -124,7 +124,7 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
         if hidden_bias is not None and not self.hidden_bias_in_cell:
             projected, hidden_bias = hidden_bias.added(projected, -1), None
         projection = sample.get(f"weight_hr_{name}")
-        states = tuple(state.to(projected.dtype) for state in states)  # as cuDNN under autocast
+        states = tuple(state.to(projected.dtype) for state in states)  # like cuDNN under autocast
         steps = projected.unbind(1)
         outputs = []
         for step in reversed(steps) if name.endswith("_reverse") else steps:

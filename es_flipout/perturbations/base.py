@@ -1,11 +1,12 @@
-"""What every perturbation family has in common: members, antithetic pairs, vector noise, and the interface of a parameter.
+"""What all perturbation families have in common: members, antithetic pairs, and the interface of a perturbed parameter.
 
-Letters: ``P`` members, ``n`` rows (any chosen members), ``in``/``out`` sizes of a linear layer, weight ``(out, in)``.
+Letters: ``P`` members, ``n`` rows (any selected members), ``in``/``out`` sizes of a linear layer, weight ``(out, in)``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
@@ -19,10 +20,10 @@ from es_flipout.randomness import Address
 
 @dataclass(frozen=True)
 class Members:
-    """Which members of a population are at hand and where their noise comes from.
+    """The members of a population, or of a shard of it, and the noise sources they use.
 
-    With antithetic pairs the members ``2k`` and ``2k + 1`` use the noise source ``k`` with opposite sign; without, every
-    member is its own source. A share of a population starts at ``first`` (even when antithetic) and has ``size`` members.
+    With antithetic pairs, members ``2k`` and ``2k + 1`` use noise source ``k`` with opposite signs; without, every member has
+    its own source. A shard starts at member ``first`` (even if antithetic) and has ``size`` members.
     """
 
     population_size: int
@@ -32,43 +33,45 @@ class Members:
     first: int = 0
 
     @property
-    def share(self) -> int:
-        """Members that share one noise source."""
+    def per_source(self) -> int:
+        """Number of members per noise source."""
         return 2 if self.antithetic else 1
 
     @property
     def sources(self) -> Tensor:
-        """Addresses of the noise sources at hand, ``(num_sources,)`` int64."""
-        return torch.arange(self.first // self.share, (self.first + self.size) // self.share, device=self.device)
+        """Addresses of the noise sources of this shard, ``(num_sources,)`` int64."""
+        return torch.arange(
+            self.first // self.per_source, (self.first + self.size) // self.per_source, device=self.device
+        )
 
     def source_of(self, members: Tensor) -> Tensor:
-        """Index into :attr:`sources` of the given members (numbered from 0 within this share), ``(n,)`` int64."""
-        return members // self.share
+        """Return the indices into :attr:`sources` of members (numbered from 0 within this shard), ``(n,)`` int64."""
+        return members // self.per_source
 
     def sign_of(self, members: Tensor) -> Tensor:
-        """+1 or -1 for each of the given members, ``(n,)`` int8."""
+        """Return +1 or -1 for each of the given members, ``(n,)`` int8."""
         if self.antithetic:
             return (1 - 2 * (members % 2)).to(torch.int8)
         return torch.ones_like(members, dtype=torch.int8)
 
-    def per_source(self, u: Tensor) -> Tensor:
-        """Fold weights of members ``(P,)`` into weights of sources ``(num_sources,)``: partners enter with opposite sign."""
+    def fold(self, u: Tensor) -> Tensor:
+        """Fold weights of members ``(P,)`` into weights of sources ``(num_sources,)``: partners have opposite signs."""
         return u[0::2] - u[1::2] if self.antithetic else u
 
 
 @dataclass
 class Rows:
-    """What a layer needs of ``n`` members; every tensor field has the row as its first dimension."""
+    """What a layer needs to know about ``n`` members; the first dimension of every tensor field is the row."""
 
     def put(self, index: Tensor, other: Rows) -> None:
-        """Overwrite the rows ``index`` ``(k,)`` with the ``k`` rows of ``other``, of the same kind."""
+        """Overwrite the rows ``index`` ``(k,)`` with the ``k`` rows of ``other``, which has the same class."""
         for field in fields(self):
             own = getattr(self, field.name)
             if own is not None:
                 own[index] = getattr(other, field.name)
 
     def put_where(self, mask: Tensor, other: Rows) -> None:
-        """Overwrite the rows where ``mask`` ``(n,)`` holds with those of ``other``: in place, whatever the mask holds."""
+        """Overwrite the rows where ``mask`` ``(n,)`` is true with those of ``other``, in place; shapes do not depend on it."""
         for field in fields(self):
             own = getattr(self, field.name)
             if isinstance(own, Tensor):
@@ -78,7 +81,7 @@ class Rows:
 
 @dataclass
 class MemberRows(Rows):
-    """Which member is in each row, ``members`` (n,) int64: all that a kernel needs, which finds the rest itself."""
+    """The member of each row, ``members`` (n,) int64; kernels need nothing else."""
 
     members: Tensor
 
@@ -87,11 +90,11 @@ RowsT = TypeVar("RowsT", bound=Rows)
 
 
 class Perturbation(ABC, Generic[RowsT]):
-    """The perturbed copies of one parameter, one for each member, in one generation.
+    """The perturbed copies of one parameter, one per member, in one generation.
 
-    A parameter of two dimensions or more is ``(d0, d1, *rest)``: ``(out, in)`` of a linear layer, ``(out, in / groups,
-    *kernel)`` of a convolution, ``(numbers, size)`` of an embedding. Where the layer's use of it allows, nothing of the size
-    of P parameters is made.
+    A parameter with two or more dimensions is ``(d0, d1, *rest)``: ``(out, in)`` for a linear layer, ``(out, in / groups,
+    *kernel)`` for a convolution, ``(num_embeddings, size)`` for an embedding. If the layer allows it, no tensor of the size of
+    P parameters is created.
 
     Attributes:
         mean: the unperturbed parameter.
@@ -104,58 +107,65 @@ class Perturbation(ABC, Generic[RowsT]):
         self.address = address
 
     def keep_sigma_in_memory(self) -> None:
-        """Make sigma a tensor, so that it can change where the numbers of a computation cannot (a CUDA graph)."""
+        """Store sigma in a tensor, so that it can change where Python numbers are fixed (in a CUDA graph)."""
         self.sigma = torch.as_tensor(self.sigma, dtype=torch.float64, device=self.mean.device)
 
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Return mean and noise by name: the tensors that :meth:`load_` overwrites and a CUDA graph may capture."""
+        return {"mean": self.mean}
+
     def load_(self, other: Perturbation[RowsT]) -> None:
-        """Take over mean, sigma and noise of ``other``, of the same family and shape, without moving in memory."""
-        for name, own in vars(self).items():
-            if isinstance(own, Tensor):
-                theirs = getattr(other, name)
-                own.copy_(theirs) if isinstance(theirs, Tensor) else own.fill_(theirs)
+        """Copy mean, sigma and noise of ``other``, which has the same family and shape, in place."""
+        theirs = other.buffers()
+        for name, own in self.buffers().items():
+            own.copy_(theirs[name])
+        if isinstance(self.sigma, Tensor):
+            self.sigma.fill_(other.sigma)
+        else:
+            self.sigma = other.sigma
 
     @abstractmethod
     def select(self, members: Tensor) -> RowsT:
-        """What a forward needs of the given members, ``(n,)`` int64, as one row each."""
+        """Return what a forward needs to know about the given members, ``(n,)`` int64, with one row per member."""
 
     @abstractmethod
     def values(self, rows: RowsT) -> Tensor:
-        """The parameters of the members in the rows, dense, ``(n, *shape)``."""
+        """Return the dense parameters of the rows' members, ``(n, *shape)``."""
 
     @abstractmethod
     def noise(self, member: int) -> Tensor:
-        """The perturbation of one member in units of sigma, dense, of the parameter's shape."""
+        """Return the dense perturbation of one member in units of sigma, in the shape of the parameter."""
 
     @abstractmethod
     def weighted_sum(self, u: Tensor) -> Tensor:
-        """Sum over the members of ``u`` ``(P,)`` times their perturbations in units of sigma."""
+        """Sum ``u`` ``(P,)`` times the perturbations, in units of sigma, over the members."""
 
     @abstractmethod
     def linear(self, x: Tensor, rows: RowsT, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
-        """Row ``i`` of ``x`` through the linear layer of the member in row ``i``: ``(n, ..., in)`` to ``(n, ..., out)``.
+        """Apply the linear layer of the member in row ``i`` to row ``i`` of ``x``: ``(n, ..., in)`` to ``(n, ..., out)``.
 
         Args:
             x: ``(n, ..., in)``.
             rows: from :meth:`select`.
             bias: ``(n, out)``.
-            part: only these outputs (``bias`` too has only these).
+            part: compute only these outputs (``bias`` only contains these).
         """
 
     @abstractmethod
     def embedding(self, index: Tensor, rows: RowsT) -> Tensor:
-        """Rows of the weight by number: ``(n, ...)`` int64 to ``(n, ..., d1)``."""
+        """Look up rows of the weight by index: ``(n, ...)`` int64 to ``(n, ..., d1)``."""
 
     @abstractmethod
     def apply(self, operation: Operation, x: Tensor, rows: RowsT) -> Tensor:
-        """Any other use of the weight: row ``i`` of ``x`` with the weight of the member in row ``i``."""
+        """Apply any other operation to row ``i`` of ``x`` and the weight of the member in row ``i``."""
 
     def member(self, n: int) -> Tensor:
-        """The dense parameter of member ``n``."""
+        """Return the dense parameter of member ``n``."""
         return self.mean + self.sigma * self.noise(n)
 
 
 class Family(ABC):
-    """A perturbation family with its settings: makes the perturbation of each parameter."""
+    """A perturbation family with its settings: creates the perturbation of each parameter."""
 
     @abstractmethod
     def matrix(
@@ -167,15 +177,15 @@ class Family(ABC):
         still: int | None = None,
         kernels: Precision | None = None,
     ) -> Perturbation:
-        """The perturbed copies of a parameter ``(d0, d1, *rest)``.
+        """Create the perturbed copies of a parameter ``(d0, d1, *rest)``.
 
         Args:
-            mean: the parameter.
-            sigma: standard deviation of every entry.
-            members: whose copies.
-            address: of the random numbers.
-            still: an index of the first dimension that stays as it is (the padding of an embedding).
-            kernels: precision of the Triton kernels, where they are to be used and the family has some; None for torch.
+            mean: the unperturbed parameter.
+            sigma: standard deviation of the perturbation of every entry.
+            members: the members.
+            address: address of the random numbers.
+            still: an index of the first dimension that is not perturbed (the padding of an embedding).
+            kernels: precision of the Triton kernels if they are to be used (and the family has any); None for torch.
         """
 
 
@@ -187,7 +197,7 @@ def over_rows(row_values: Tensor, like: Tensor) -> Tensor:
 
 
 def mean_linear(x: Tensor, weight_t: Tensor, bias_rows: Tensor | None) -> Tensor:
-    """``x @ weight_t`` plus each row's own bias: ``(n, ..., in)`` to ``(n, ..., out)``."""
+    """Compute ``x @ weight_t`` plus the bias of each row: ``(n, ..., in)`` to ``(n, ..., out)``."""
     if bias_rows is None:
         return x @ weight_t
     if x.ndim == 2:
@@ -196,5 +206,5 @@ def mean_linear(x: Tensor, weight_t: Tensor, bias_rows: Tensor | None) -> Tensor
 
 
 def over_index(row_values: Tensor, index: Tensor) -> Tensor:
-    """``row_values[i, index[i]]``: ``(n, size)`` by ``(n, ...)`` int64 to ``(n, ...)``."""
+    """Gather ``row_values[i, index[i]]``: ``(n, size)`` and ``(n, ...)`` int64 to ``(n, ...)``."""
     return row_values.gather(1, index.reshape(len(index), -1)).view(index.shape)

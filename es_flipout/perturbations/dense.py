@@ -1,6 +1,6 @@
-"""Dense perturbations: an independent standard normal matrix for every member. The reference ("IdealES" of the Flipout paper).
+"""Dense perturbations: an independent standard normal matrix per member. The reference ("IdealES" in the Flipout paper).
 
-Memory and time grow with P times the number of weights; the other families exist to avoid that.
+Memory and time grow with P times the number of weights; the other families avoid that.
 """
 
 from __future__ import annotations

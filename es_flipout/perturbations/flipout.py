@@ -1,16 +1,17 @@
-"""Flipout perturbations: W_n = W + sigma * B_m * (r_n s_n^T), one base matrix for many members, two sign vectors each.
+"""Flipout perturbations: W_n = W + sigma * B_m * (r_n s_n^T), one base matrix for many members, two sign vectors per member.
 
 Wen et al., "Flipout: efficient pseudo-independent weight perturbations on mini-batches", ICLR 2018, equation 4 (with the
 signs s on the input and r on the output); here every member of the population is one example. Antithetic partners are
 (r, s) and (-r, s).
 
-A weight ``(d0, d1, *rest)`` has signs for ``d0`` and ``d1``: output and input channels of a convolution, constant over its
-kernel. So one base explores one direction of the kernel between two channels; more bases explore more.
+A weight ``(d0, d1, *rest)`` has signs for ``d0`` and ``d1``, for example for the output and input channels of a convolution;
+they are constant over its kernel. One base therefore explores one direction of the kernel between two channels; more bases
+explore more directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from es_flipout.errors import UserError
-from es_flipout.kernels import Precision
+from es_flipout.kernels import MemberNoise, Precision
 from es_flipout.perturbations.base import (
     Family,
     MemberRows,
@@ -38,22 +39,22 @@ from es_flipout.randomness import Address, Stream, normals, signs, unpacked_sign
 if TYPE_CHECKING:
     from es_flipout.kernels.linear import FlipoutLayer
 
-_SOURCES_PER_SUM = 4096  # bounds the memory of the weighted sum; the order of the sum does not depend on anything else
+_SOURCES_PER_SUM = 4096  # bounds the memory of the weighted sum; fixed, because it determines the order of the sum
 
 
 @dataclass
 class FlipoutRows(Rows):
-    """Signs of ``n`` members: ``s`` (n, d1), ``sigma_r`` (n, d0), ``base`` (n,) int64 (None where there is only one)."""
+    """Signs of ``n`` members: ``s`` (n, d1), ``sigma_r`` (n, d0), ``base`` (n,) int64 (None if there is only one)."""
 
     s: Tensor
     sigma_r: Tensor
     base: Tensor | None
 
     def __post_init__(self) -> None:
-        self.bases_used: list[int] | None  # None: any
+        self.bases_used: list[int] | None  # None if unknown
         if self.base is None:
             self.bases_used = [0]
-        else:  # looking is not worth waiting for another device
+        else:  # looking them up would synchronize with a GPU
             self.bases_used = self.base.unique().tolist() if self.base.device.type == "cpu" else None
 
     @override
@@ -68,11 +69,11 @@ class FlipoutRows(Rows):
 
 
 class PackedSigns:
-    """Signs in one bit each, for the kernels, that other uses see as bytes.
+    """Signs stored as one bit each, for the kernels; indexing unpacks them to bytes.
 
     Attributes:
         words: ``(num_sources, ceil(count / 32))`` int32.
-        count: signs of a source.
+        count: number of signs per source.
     """
 
     def __init__(self, words: Tensor, count: int) -> None:
@@ -80,15 +81,15 @@ class PackedSigns:
         self.count = count
 
     def __getitem__(self, source: Tensor) -> Tensor:
-        """``(n,)`` int64 to ``(n, count)`` int8."""
+        """Return the signs of sources ``(n,)`` int64 as ``(n, count)`` int8."""
         return unpacked_signs(self.words[source], self.count)
 
 
 class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
-    """Flipout on a weight; stores M base matrices, and one byte for each sign of each noise source (one bit for kernels).
+    """Flipout on a weight; stores M base matrices, and one byte per sign of each noise source (one bit for kernels).
 
     Attributes:
-        layer: what the kernels compute with; None where they are not used.
+        layer: the layer as used by the kernels; None if they are not used.
     """
 
     def __init__(
@@ -97,15 +98,14 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         sigma: float,
         members: Members,
         address: Address,
-        base: Literal["rademacher", "gaussian"],
-        base_of_source: Tensor,
-        bases: int,
+        family: Flipout,
         still: int | None,
         kernels: Precision | None = None,
     ) -> None:
         super().__init__(mean, sigma, members, address)
-        self.base_of_source = base_of_source
-        draw = signs if base == "rademacher" else normals
+        bases = family.bases
+        self.base_of_source = members.sources * bases // (members.population_size // members.per_source)
+        draw = signs if family.base == "rademacher" else normals
         drawn = draw(address, Stream.BASE, torch.arange(bases, device=mean.device), mean.numel())
         self.base = drawn.to(mean.dtype).view(bases, *mean.shape)
         if still is not None:
@@ -114,10 +114,7 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         self.layer: FlipoutLayer | None = None
         if kernels is not None and mean.ndim == 2:
             self.layer = self._kernel_layer()
-            # By name here too, for :meth:`load_`.
-            self.weight_of_kernel, self.base_of_kernel = self.layer.weight, self.layer.base
-            self.r_words, self.s_words = self.layer.r, self.layer.s
-            self.r, self.s = PackedSigns(self.r_words, mean.shape[0]), PackedSigns(self.s_words, mean.shape[1])
+            self.r, self.s = PackedSigns(self.layer.r, mean.shape[0]), PackedSigns(self.layer.s, mean.shape[1])
         else:
             self.r = signs(address, Stream.OUTPUT_SIGNS, members.sources, mean.shape[0])
             self.s = signs(address, Stream.INPUT_SIGNS, members.sources, mean.shape[1])
@@ -137,6 +134,16 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
             s=sign_words(self.address, Stream.INPUT_SIGNS, sources, self.mean.shape[1]),
             base_of_source=None if len(self.base) == 1 else self.base_of_source,
         )
+
+    @override
+    def buffers(self) -> Mapping[str, Tensor]:
+        named = {**super().buffers(), "base": self.base, "base_of_source": self.base_of_source}
+        if self.layer is None:
+            assert isinstance(self.r, Tensor)
+            assert isinstance(self.s, Tensor)
+            return {**named, "r": self.r, "s": self.s}
+        kernel = {"layer.weight": self.layer.weight, "layer.base": self.layer.base}
+        return {**named, **kernel, "layer.r": self.layer.r, "layer.s": self.layer.s}
 
     @override
     def select(self, members: Tensor) -> FlipoutRows | MemberRows:
@@ -162,7 +169,8 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
             from es_flipout.kernels.linear import linear
 
             flat = x.reshape(-1, x.shape[-1])
-            y = linear(flat, self.layer, rows.members, self.members.share, self.sigma, self.precision, bias)
+            noise = MemberNoise(rows.members, self.members.per_source, self.sigma, self.precision)
+            y = linear(flat, self.layer, noise, bias)
             return y.view(*x.shape[:-1], -1)
         rows = self._of(rows)
         mean_t, base_t, sigma_r = self.mean_t, self.base_t, rows.sigma_r
@@ -189,7 +197,7 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         return operation.shared(x, self.mean).add_(operation.scale_output(product, after))
 
     def _each_with_its_base(self, rows: FlipoutRows, product_with: Callable[[int], Tensor]) -> Tensor:
-        """Every base with all rows, of which each keeps its own: no shape ever depends on the members."""
+        """Multiply all rows by every base, and keep the product with each row's own base: shapes do not depend on members."""
         first, *others = range(len(self.base)) if rows.bases_used is None else rows.bases_used
         product = product_with(first)
         for m in others:
@@ -211,12 +219,12 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         return (self.base[self.base_of_source[source]] * flips)[0]
 
     def _outer(self, r: Tensor, s: Tensor) -> Tensor:
-        """``(n, d0)`` and ``(n, d1)`` to ``(n, d0, d1, 1, ...)``."""
+        """Compute outer products: ``(n, d0)`` and ``(n, d1)`` to ``(n, d0, d1, 1, ...)``."""
         return (r[:, :, None] * s[:, None]).view(*r.shape, s.shape[1], *(1,) * (self.mean.ndim - 2))
 
     @override
     def weighted_sum(self, u: Tensor) -> Tensor:
-        v = self.members.per_source(u).to(self.mean.dtype)
+        v = self.members.fold(u).to(self.mean.dtype)
         total = torch.zeros_like(self.mean)
         for m, base in enumerate(self.base):
             own = slice(None) if len(self.base) == 1 else (self.base_of_source == m).nonzero()[:, 0]
@@ -225,7 +233,7 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         return total
 
     def _response(self, v: Tensor, own: slice | Tensor) -> Tensor:
-        """R^T diag(v) S of some of the sources, ``(d0, d1)``."""
+        """Compute R^T diag(v) S over some of the sources, ``(d0, d1)``."""
         if isinstance(self.r, PackedSigns) or isinstance(self.s, PackedSigns):
             from es_flipout.kernels.weighted_sum import weighted_sum
 
@@ -247,8 +255,8 @@ class Flipout(Family):
     """The flipout family.
 
     Attributes:
-        base: entries of the base matrices: ``rademacher`` (+-1, no error floor) or ``gaussian`` (the paper's).
-        bases: ``M``, base matrices for each layer; consecutive noise sources share one.
+        base: entries of the base matrices: ``rademacher`` (+-1, no error floor) or ``gaussian`` (as in the paper).
+        bases: ``M``, number of base matrices per layer; consecutive noise sources share one.
     """
 
     base: Literal["rademacher", "gaussian"] = "rademacher"
@@ -271,7 +279,6 @@ class Flipout(Family):
         kernels: Precision | None = None,
     ) -> Perturbation:
         if mean.ndim > 2 and mean.shape[1] == 1:
-            # Signs per channel would leave only M directions of a depthwise kernel.
+            # With one sign per channel, a depthwise kernel would only have M directions.
             return Independent(mean, sigma, members, address, Stream.WEIGHT, still)
-        base_of_source = members.sources * self.bases // (members.population_size // members.share)
-        return FlipoutPerturbation(mean, sigma, members, address, self.base, base_of_source, self.bases, still, kernels)
+        return FlipoutPerturbation(mean, sigma, members, address, self, still, kernels)

@@ -1,10 +1,11 @@
-"""Independent noise for every member, for biases, scales and other parameters whose use has no structure; and no noise at all.
+"""Independent noise per member, for biases, scales and other parameters without structure; and parameters without noise.
 
 Memory grows with P times the size of the parameter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class IndependentRows(Rows):
 
 
 class Independent(Perturbation[IndependentRows]):
-    """Standard normal noise for every member; stores ``(num_sources, *shape)`` numbers."""
+    """Independent standard normal noise for every member; stores ``(num_sources, *shape)`` numbers."""
 
     def __init__(
         self,
@@ -41,6 +42,10 @@ class Independent(Perturbation[IndependentRows]):
         self.stored = drawn.to(mean.dtype).view(-1, *mean.shape)
         if still is not None:
             self.stored[:, still] = 0
+
+    @override
+    def buffers(self) -> Mapping[str, Tensor]:
+        return {**super().buffers(), "stored": self.stored}
 
     @override
     def select(self, members: Tensor) -> IndependentRows:
@@ -59,7 +64,7 @@ class Independent(Perturbation[IndependentRows]):
 
     @override
     def weighted_sum(self, u: Tensor) -> Tensor:
-        v = self.members.per_source(u).to(self.mean.dtype)
+        v = self.members.fold(u).to(self.mean.dtype)
         return (v @ self.stored.flatten(1)).view_as(self.mean) if self.mean.ndim else v @ self.stored
 
     @override
@@ -80,17 +85,17 @@ class Independent(Perturbation[IndependentRows]):
 
 @dataclass
 class FixedRows(Rows):
-    """How many rows there are; they have nothing of their own."""
+    """The number of rows, which are all the same."""
 
     count: int
 
     @override
     def put(self, index: Tensor, other: Rows) -> None:
-        """Nothing changes: every row is the same."""
+        """Do nothing: all rows are the same."""
 
 
 class Fixed(Perturbation[FixedRows]):
-    """A parameter that is the same for every member: one that does not require a gradient."""
+    """A parameter that is the same for every member, because it does not require a gradient."""
 
     @override
     def select(self, members: Tensor) -> FixedRows:

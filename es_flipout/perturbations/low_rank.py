@@ -1,12 +1,13 @@
 """Low-rank perturbations: W_n = W + sigma / sqrt(rank) * A_n C_n^T with standard normal factors.
 
-The family of EGGROLL (Sarkar et al., "Evolution strategies at the hyperscale", arXiv 2511.16652), a neighbour of flipout:
-one shared matrix product fewer, factors of (out + in) * rank numbers for each member instead of signs. A weight of more than
-two dimensions is taken as the matrix ``(d0, d1 * rest)``.
+This is the family of EGGROLL (Sarkar et al., "Evolution strategies at the hyperscale", arXiv 2511.16652). Compared with
+flipout, it needs one shared matrix product less, and stores factors of (out + in) * rank numbers per member instead of signs.
+A weight with more than two dimensions is treated as the matrix ``(d0, d1 * rest)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from es_flipout.errors import UserError
-from es_flipout.kernels import Precision
+from es_flipout.kernels import MemberNoise, Precision
 from es_flipout.perturbations.base import (
     Family,
     MemberRows,
@@ -32,7 +33,7 @@ from es_flipout.randomness import Address, Stream, normals
 
 @dataclass
 class LowRankRows(Rows):
-    """Factors of ``n`` members: ``left`` (n, rank, d0) with sigma in it, ``right`` (n, rank, d1, *rest)."""
+    """Factors of ``n`` members: ``left`` (n, rank, d0), which includes sigma, and ``right`` (n, rank, d1, *rest)."""
 
     left: Tensor
     right: Tensor
@@ -63,6 +64,10 @@ class LowRankPerturbation(Perturbation[LowRankRows | MemberRows]):
         self._use_kernel = kernels is not None and mean.ndim == 2
 
     @override
+    def buffers(self) -> Mapping[str, Tensor]:
+        return {**super().buffers(), "left": self.left, "right": self.right}
+
+    @override
     def select(self, members: Tensor) -> LowRankRows | MemberRows:
         return MemberRows(members) if self._use_kernel else self._factors(members)
 
@@ -88,7 +93,7 @@ class LowRankPerturbation(Perturbation[LowRankRows | MemberRows]):
 
     @override
     def weighted_sum(self, u: Tensor) -> Tensor:
-        v = self.members.per_source(u).to(self.mean.dtype)
+        v = self.members.fold(u).to(self.mean.dtype)
         left = (self.left * v[:, None, None]).flatten(0, 1)
         return (left.T @ self.right.flatten(0, 1).flatten(1)).view_as(self.mean) / self.rank**0.5
 
@@ -100,7 +105,8 @@ class LowRankPerturbation(Perturbation[LowRankRows | MemberRows]):
             from es_flipout.kernels.low_rank import low_rank_linear
 
             scale = self.sigma / self.rank**0.5
-            return low_rank_linear(x, self.mean, self.left, self.right, rows.members, self.members.share, scale, bias)
+            noise = MemberNoise(rows.members, self.members.per_source, scale)
+            return low_rank_linear(x, self.mean, self.left, self.right, noise, bias)
         rows = self._of(rows)
         weight, left_rows = self.mean, rows.left
         if part is not None:

@@ -1,7 +1,7 @@
-"""Uses of a weight other than in a linear layer, for one weight shared by all rows and for one weight in every row.
+"""Operations on weights other than linear layers, with one weight shared by all rows or with one weight per row.
 
-Each is bilinear in its input and its weight ``(d0, d1, *rest)``, so flipping input and output channels is as good as flipping
-the weight. Letters: ``n`` rows (one member each), ``B`` examples of each member, ``C`` channels.
+Each is bilinear in its input and its weight ``(d0, d1, *rest)``, so flipping input and output channels is equivalent to
+flipping the weight. Letters: ``n`` rows (one member each), ``B`` examples per member, ``C`` channels.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing_extensions import override
 
 
 class Operation(ABC):
-    """One use of a weight.
+    """An operation on an input and a weight.
 
     Attributes:
-        input_dim: the dimension of the weight (0 or 1) that runs over the input channels; the other runs over the output.
+        input_dim: the dimension of the weight (0 or 1) for input channels; the other one is for output channels.
     """
 
     input_dim: int = 1
 
     @abstractmethod
     def shared(self, x: Tensor, weight: Tensor) -> Tensor:
-        """All rows of ``x`` with one weight ``(d0, d1, *rest)``."""
+        """Apply one weight ``(d0, d1, *rest)`` to all rows of ``x``."""
 
     @abstractmethod
     def each(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Row ``i`` of ``x`` with ``weights[i]``, ``(n, d0, d1, *rest)``."""
+        """Apply ``weights[i]``, of ``(n, d0, d1, *rest)``, to row ``i`` of ``x``."""
 
     @abstractmethod
     def scale_input(self, x: Tensor, v: Tensor) -> Tensor:
@@ -43,12 +43,12 @@ class Operation(ABC):
 
     @abstractmethod
     def outer(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Row ``i`` of ``x`` with the weight ``left[i] (x) right[i]``; ``left`` (n, d0), ``right`` (n, d1, *rest)."""
+        """Apply the outer product of ``left[i]`` and ``right[i]``, (n, d0) and (n, d1, *rest), to row ``i`` of ``x``."""
 
 
 @dataclass(frozen=True)
 class _OverSpace(Operation):
-    """What both kinds of convolution have in common: ``(n, [B,] C, *space)`` with ``len(stride)`` dimensions of space."""
+    """Base class of convolutions over ``(n, [B,] C, *space)`` with ``len(stride)`` spatial dimensions."""
 
     stride: tuple[int, ...]
     groups: int
@@ -56,12 +56,12 @@ class _OverSpace(Operation):
 
     @property
     def dims(self) -> int:
-        """Dimensions of the space."""
+        """Number of spatial dimensions."""
         return len(self.stride)
 
     @abstractmethod
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """``(B, C, *space)`` with one weight."""
+        """Convolve ``(B, C, *space)`` with one weight."""
 
     @override
     def shared(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Convolution(_OverSpace):
 
     @override
     def outer(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        along = self.each(x, right[:, None].expand(-1, self.groups, *right.shape[1:]))  # one channel for each group
+        along = self.each(x, right[:, None].expand(-1, self.groups, *right.shape[1:]))  # one channel per group
         return self.scale_output(along.repeat_interleave(left.shape[1] // self.groups, dim=-1 - self.dims), left)
 
 
@@ -131,7 +131,7 @@ class TransposedConvolution(_OverSpace):
     @override
     def outer(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         channels = -1 - self.dims
-        along = self.scale_input(x, left).unflatten(channels, (self.groups, -1)).sum(channels)  # one for each group
+        along = self.scale_input(x, left).unflatten(channels, (self.groups, -1)).sum(channels)  # one channel per group
         return self.each(along, right[:, None].expand(-1, self.groups, *right.shape[1:]))
 
 
@@ -164,7 +164,7 @@ class Bilinear(Operation):
 
 
 def over_channels(v: Tensor, like: Tensor, dims: int) -> Tensor:
-    """Reshape ``(n, C)`` to broadcast over ``like``, ``(n, ..., C, *space)`` with ``dims`` dimensions of space."""
+    """Reshape ``(n, C)`` to broadcast over ``like``, ``(n, ..., C, *space)`` with ``dims`` spatial dimensions."""
     return v.view(len(v), *(1,) * (like.ndim - 2 - dims), v.shape[1], *(1,) * dims)
 
 
@@ -175,7 +175,7 @@ def _folded(x: Tensor, kept: int, function: Callable[[Tensor], Tensor]) -> Tenso
 
 
 def _members_as_groups(x: Tensor, kept: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``(n, [B,] C, *space)`` as ``(B, n C, *space)`` through ``function``, and back."""
+    """Apply ``function`` to ``(n, [B,] C, *space)`` reshaped to ``(B, n C, *space)``, and reshape the result back."""
     n, single = len(x), x.ndim == kept + 1
     batched = x[:, None] if single else x
     wide = function(batched.transpose(0, 1).flatten(1, 2))

@@ -1,9 +1,9 @@
-"""A small transformer, pretrained by backprop, then fine-tuned by evolution on what it is for: whole answers right.
+"""Pretrain a small transformer by backprop, then fine-tune it by evolution on the fraction of completely correct answers.
 
 python scripts/examples/transformer.py
 
-The task is to sort a row of digits. Backprop learns the next digit, given the right ones before it; the strategy is
-told how many whole answers are right when the model reads its own digits (greedy decoding), which has no gradient.
+The task is to sort a row of digits. Backprop learns the next digit, given the correct ones before it. The strategy maximizes the
+fraction of answers that are completely correct when the model reads its own digits (greedy decoding), which has no gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ START = 10  # the symbol after which the answer begins
 
 
 class Transformer(nn.Module):
-    """Predicts the next symbol; the embeddings of the symbols are the output weights too."""
+    """Predicts the next symbol; the output weights are tied to the embeddings."""
 
     def __init__(self, size: int = 32, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class Transformer(nn.Module):
 
 
 def questions(count: int) -> tuple[Tensor, Tensor]:
-    """Rows of digits with the start symbol ``(count, DIGITS + 1)``, and the same in order ``(count, DIGITS)``."""
+    """Rows of digits with the start symbol ``(count, DIGITS + 1)``, and the same digits in order ``(count, DIGITS)``."""
     digits = torch.randint(10, (count, DIGITS))
     return torch.cat([digits, torch.full((count, 1), START)], 1), digits.sort(1).values
 
 
 @torch.no_grad()
-def answers_right(model: Callable[[Tensor], Tensor], question: Tensor, answer: Tensor) -> Tensor:
-    """Fraction of whole answers right, every digit the likeliest after those before: ``(..., B, length)`` to ``(...,)``."""
+def correct_answers(model: Callable[[Tensor], Tensor], question: Tensor, answer: Tensor) -> Tensor:
+    """Fraction of completely correct answers with greedy decoding: ``(..., B, length)`` to ``(...,)``."""
     symbols = question
     for _ in range(DIGITS):
         symbols = torch.cat([symbols, model(symbols)[..., -1, :].argmax(-1, keepdim=True)], -1)
@@ -58,7 +58,7 @@ def answers_right(model: Callable[[Tensor], Tensor], question: Tensor, answer: T
 
 
 def pretrain(model: Transformer, steps: int) -> None:
-    """Backprop on the next symbol of the right answers."""
+    """Backprop on the next symbol of the correct answers."""
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(steps):
         question, answer = questions(64)
@@ -69,22 +69,22 @@ def pretrain(model: Transformer, steps: int) -> None:
 
 
 def main(steps: int = 150, generations: int = 30, population_size: int = 64) -> tuple[float, float]:
-    """Pretrain and fine-tune; returns the fraction of whole answers right before and after fine-tuning."""
+    """Pretrain and fine-tune; returns the fraction of correct answers before and after fine-tuning."""
     torch.manual_seed(0)
     model = Transformer()
     test = questions(1000)
     pretrain(model, steps)
-    before = float(answers_right(model.eval(), *test))
-    print(f"after {steps} steps of backprop: {before:.1%} of the answers right")
+    before = float(correct_answers(model.eval(), *test))
+    print(f"after {steps} steps of backprop: {before:.1%} of the answers correct")
     strategy = EvolutionStrategy(model, population_size, sigma=0.02, learning_rate=0.002)
     after = before
     for generation in range(1, generations + 1):
         question, answer = questions(64)
         population = strategy.ask()
-        strategy.tell(answers_right(population, question.expand(population_size, -1, -1), answer))
+        strategy.tell(correct_answers(population, question.expand(population_size, -1, -1), answer))
         if generation % max(generations // 3, 1) == 0:
-            after = float(answers_right(strategy.mean_module(), *test))
-            print(f"after {generation} generations of evolution: {after:.1%} of the answers right")
+            after = float(correct_answers(strategy.mean_module(), *test))
+            print(f"after {generation} generations of evolution: {after:.1%} of the answers correct")
     return before, after
 
 

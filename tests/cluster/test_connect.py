@@ -1,4 +1,4 @@
-"""Connecting: what is wrong is said in one line, within seconds."""
+"""Connecting: errors are reported in one line, within seconds."""
 
 import builtins
 import socket
@@ -35,7 +35,7 @@ def test_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch, address: str) 
 def test_an_address_where_nobody_is(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # bound, but does not listen
         started = time.monotonic()
         with pytest.raises(UserError, match=r"no Ray cluster answers at .*127\.0\.0\.1.*ray start --head"):
             Connection(f"{scheme}127.0.0.1:{taken.getsockname()[1]}")

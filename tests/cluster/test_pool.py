@@ -1,4 +1,4 @@
-"""The pool: every chunk is done once more when its worker dies, and only then."""
+"""The pool: a chunk is processed again if its worker dies, and only then."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ import pytest
 from es_flipout.cluster.connect import Connection
 from es_flipout.cluster.pool import Pool, WorkersLostError
 from es_flipout.errors import UserError
-from es_flipout.rollout import RolloutInterrupted
+from es_flipout.rollout.episodes import RolloutInterrupted
 
 
 def worker_class() -> type:
-    """Defined in a function: the workers cannot import this file."""
+    """Return a class that is defined in a function, because workers cannot import this file."""
 
     class Worker:
-        """Squares numbers; dies of the numbers in ``deadly`` as long as the file named after the number does not exist."""
+        """Squares numbers; a number in ``deadly`` kills it the first time, after which a file with its name exists."""
 
         def __init__(self, folder: Path, deadly: tuple[int, ...] = (), broken: bool = False) -> None:
             if broken or (folder / "broken").exists():
@@ -79,7 +79,7 @@ def test_the_chunks_of_a_dead_worker_are_done_elsewhere(make_pool: MakePool, tmp
     pool = make_pool((2, 5))
     assert pool.work(range(8), square) == [n * n for n in range(8)]
     assert pool.replaced == 2
-    # What was done was not done again.
+    # Finished chunks were not processed again.
     times = [sum(path.name.split(".")[0] == str(n) for path in tmp_path.iterdir()) for n in range(8)]
     assert times[2] == times[5] == 2
     assert max(times) == 2
@@ -89,13 +89,13 @@ def test_the_chunks_of_a_dead_worker_are_done_elsewhere(make_pool: MakePool, tmp
 
 def test_a_chunk_that_kills_every_worker(make_pool: MakePool) -> None:
     pool = make_pool()
-    with pytest.raises(WorkersLostError, match=r"3 workers died one after the other of the same work.*memory"):
+    with pytest.raises(WorkersLostError, match=r"3 workers in a row died while processing the same chunk.*memory"):
         pool.work([1, -3, 2], square)
 
 
 def test_no_worker_left(make_pool: MakePool, tmp_path: Path) -> None:
     pool = make_pool((1,), count=1)
-    (tmp_path / "broken").touch()  # no other can be started
+    (tmp_path / "broken").touch()  # no other worker can start
     with pytest.raises(WorkersLostError, match=r"no worker is left, and none can be started: .*"):
         pool.work([0, 1, 2], square)
 

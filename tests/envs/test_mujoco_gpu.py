@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from populations import agent_of
 
-from es_flipout.device_rollout import DeviceRollout
 from es_flipout.envs import UnsupportedEnvironmentError, make_env
 from es_flipout.envs.mujoco_cpu import MujocoBatchEnv
 from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
 from es_flipout.envs.native import build_task
-from es_flipout.observation_norm import Identity
-from es_flipout.policies import MLP, ActionMap
-from es_flipout.rollout import run
-from es_flipout.strategy import EvolutionStrategy
+from es_flipout.policies.networks import MLP
+from es_flipout.rollout.device import DeviceRollout, LaunchOptions
+from es_flipout.rollout.host import run
+from es_flipout.strategy.evolution_strategy import EvolutionStrategy
 from tests.envs.oracle import random_action
 
 wp = pytest.importorskip("warp")
@@ -30,6 +30,7 @@ if not torch.cuda.is_available():
 from es_flipout.envs import plane_capsule, warp_physics  # noqa: E402
 from es_flipout.envs.mujoco_gpu import MujocoWarpBatchEnv, make_warp_env  # noqa: E402
 from es_flipout.envs.warp_physics import Sizes, missing_driver  # noqa: E402
+from es_flipout.rollout.episodes import Episodes  # noqa: E402
 
 QUICK = ("HalfCheetah-v5", "Ant-v5", "Humanoid-v5")
 ALL = [pytest.param(env_id, marks=() if env_id in QUICK else pytest.mark.slow) for env_id in MUJOCO_TASKS]
@@ -255,10 +256,10 @@ def test_the_rollout_without_the_host_is_that_with_it() -> None:
     env, other = (make_warp_env("Ant-v5", 4, "cpu", **kwargs) for _ in range(2))
     module = MLP(env.observation_space.shape[0], 8, (8,))
     population = EvolutionStrategy(module, population_size=10, sigma=0.3).ask()
-    seeds, norm, actions = torch.arange(10)[:, None], Identity(), ActionMap(env.action_space)
-    rollout = DeviceRollout(env, population, 1, norm, actions, 0, 4, captured=False)  # pyright: ignore[reportArgumentType]
-    got = rollout.play(population, norm, seeds, 6)
-    expected = run(population, other, seeds=seeds, max_episode_steps=6)
+    episodes = Episodes(torch.arange(10)[:, None], step_cap=6)
+    rollout = DeviceRollout(env, agent_of(env), population, episodes, LaunchOptions(4))  # pyright: ignore[reportArgumentType]
+    got = rollout.play(population, episodes)
+    expected = run(population, other, episodes)
     assert torch.equal(got.returns, expected.returns)
     assert torch.equal(got.lengths, expected.lengths)
     assert got.lengths.min() < 4

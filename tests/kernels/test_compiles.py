@@ -1,4 +1,4 @@
-"""The kernels compile for a Hopper GPU on a machine that has none: what the interpreter takes, the compiler may refuse."""
+"""The kernels compile for a Hopper GPU, also on machines without one: the compiler may reject what the interpreter accepts."""
 
 import os
 import subprocess
@@ -10,20 +10,20 @@ import pytest
 pytest.importorskip("triton")
 
 _WARPS, _STAGES = 4, 2
-_LINEAR = {"BASES": 3, "SHARE": 2, "ACTIVATION": "gelu", "BLOCK_M": 64, "BLOCK_N": 64}
+_LINEAR = {"BASES": 3, "PER_SOURCE": 2, "ACTIVATION": "gelu", "BLOCK_M": 64, "BLOCK_N": 64}
 _MLP = {
     "SIZES": (17, 64, 64, 6),
     "WIDEST": 64,
     "ACTIVATIONS": "tanh elu none",
     "LAYERS": 3,
-    "SHARE": 2,
+    "PER_SOURCE": 2,
     "BLOCK_M": 64,
     "BLOCK_N": 64,
 }
 
 
 def compile_all(precision: str) -> None:
-    """In a process of its own, where Triton was imported without TRITON_INTERPRET."""
+    """Compile in a separate process, in which Triton is imported without TRITON_INTERPRET."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -54,8 +54,8 @@ def compile_all(precision: str) -> None:
         build(mlp._mlp_kernel, {**_MLP, **depth, "kept": None})
     else:
         build(weighted_sum._weighted_sum_kernel, {"BLOCK_OUT": 32, "BLOCK_IN": 32, "BLOCK_K": 32})
-        build(low_rank._own_kernel, {"RANK": 1, "SHARE": 2, "BLOCK_IN": 64, "BLOCK_OUT": 64})
-        build(signs._signed_kernel, {"ANTITHETIC": True, "SHARE": 2, "BLOCK": 64})
+        build(low_rank._own_kernel, {"RANK": 1, "PER_SOURCE": 2, "BLOCK_IN": 64, "BLOCK_OUT": 64})
+        build(signs._signed_kernel, {"ANTITHETIC": True, "PER_SOURCE": 2, "BLOCK": 64})
         pointers["out"] = "*i32"
         build(signs._words_kernel, {"BLOCK": 256})
 

@@ -1,4 +1,4 @@
-"""The engine with kernels against dense members and against itself without kernels."""
+"""The engine with kernels, compared with dense members and with the engine without kernels."""
 
 from typing import Any
 
@@ -8,28 +8,28 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from populations import population_of
+
 from es_flipout.cli import main
 from es_flipout.errors import UserError
-from es_flipout.estimator import estimate_gradient
-from es_flipout.fused import FusedSelection, Network
 from es_flipout.kernels import chosen, interpreted
-from es_flipout.perturbations import Dense, Family, Flipout, LowRank, Members
+from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 from es_flipout.perturbations.flipout import FlipoutPerturbation, PackedSigns
-from es_flipout.policies import MLP, Linear, Recurrent
-from es_flipout.population import Population, Selection
-from es_flipout.strategy import EvolutionStrategy
+from es_flipout.policies.networks import MLP, Linear, Recurrent
+from es_flipout.strategy.estimator import estimate_gradient
+from es_flipout.strategy.evolution_strategy import EvolutionStrategy
+from es_flipout.strategy.fused import FusedSelection, Network
+from es_flipout.strategy.population import Population
+from es_flipout.strategy.selection import Selection
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 
 
-def population_of(module: nn.Module, family: Family | None = None, size: int = 12, **settings: Any) -> Population:
+def with_kernels(module: nn.Module, family: Family | None = None, size: int = 12, **settings: Any) -> Population:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
-    members = Members(
-        size, settings.pop("antithetic", True), DEVICE, settings.pop("share", size), settings.pop("first", 0)
-    )
-    settings = {"kernels": "triton", **settings}
-    return Population(module.to(DEVICE), family or Flipout(), members, 0.3, 1, 2, **settings)
+    settings = {"kernels": "triton", "row_block": None, **settings}
+    return population_of(module.to(DEVICE), family or Flipout(), size, **settings)
 
 
 def assert_members(population: Population, x: Tensor, found: Tensor) -> None:
@@ -50,7 +50,7 @@ MODULES = {
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_population_is_its_members(name: str, antithetic: bool) -> None:
-    population = population_of(MODULES[name](), antithetic=antithetic)
+    population = with_kernels(MODULES[name](), antithetic=antithetic)
     assert isinstance(population._network, Network)
     assert population._network.in_one_kernel
     for shape in ((12, 7), (12, 2, 7)):
@@ -60,14 +60,14 @@ def test_population_is_its_members(name: str, antithetic: bool) -> None:
 
 def test_kernels_change_no_member() -> None:
     module = MLP(7, 3, (20, 33))
-    with_kernels = population_of(module)
-    without = Population(module, Flipout(), with_kernels.members, 0.3, 1, 2, kernels="torch")
+    chained = with_kernels(module)
+    without = population_of(module, Flipout(), 12, row_block=None, kernels="torch")
     for n in range(12):
-        for a, b in zip(with_kernels.member(n).parameters(), without.member(n).parameters(), strict=True):
+        for a, b in zip(chained.member(n).parameters(), without.member(n).parameters(), strict=True):
             assert torch.equal(a, b)
     u = torch.randn(12, device=DEVICE)
     expected = estimate_gradient(without, u)
-    for key, value in estimate_gradient(with_kernels, u).items():
+    for key, value in estimate_gradient(chained, u).items():
         assert torch.allclose(value, expected[key], atol=1e-4)
 
 
@@ -75,7 +75,7 @@ def test_kernels_change_no_member() -> None:
     "family", [Flipout(bases=3), Flipout(base="gaussian"), Flipout(base="gaussian", bases=3), LowRank(2)]
 )
 def test_other_families(family: Family) -> None:
-    population = population_of(MLP(7, 3, (20,)), family)
+    population = with_kernels(MLP(7, 3, (20,)), family)
     x = torch.randn(12, 7, device=DEVICE)
     assert_members(population, x, population(x))
     brute = {name: torch.zeros_like(p) for name, p in population._module.named_parameters()}
@@ -88,7 +88,7 @@ def test_other_families(family: Family) -> None:
 
 
 def test_layers_too_wide_for_one_kernel() -> None:
-    population = population_of(MLP(7, 3, (260,)), size=4)
+    population = with_kernels(MLP(7, 3, (260,)), size=4)
     assert population._network is not None
     assert not population._network.in_one_kernel
     x = torch.randn(4, 7, device=DEVICE)
@@ -96,7 +96,7 @@ def test_layers_too_wide_for_one_kernel() -> None:
 
 
 class Branches(nn.Module):
-    """Not a chain: the kernels serve its linear layers."""
+    """Not a chain of layers: kernels are used for its linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Branches(nn.Module):
 
 
 def test_any_other_module_uses_the_kernels_for_its_layers() -> None:
-    population = population_of(Branches())
+    population = with_kernels(Branches())
     assert population._network is None
     assert isinstance(population.select(torch.arange(3, device=DEVICE)), Selection)
     x = torch.randn(12, 2, 7, device=DEVICE)
@@ -116,7 +116,7 @@ def test_any_other_module_uses_the_kernels_for_its_layers() -> None:
 
 
 def test_recurrent_policy() -> None:
-    population = population_of(Recurrent(7, 3, (16,)))
+    population = with_kernels(Recurrent(7, 3, (16,)))
     x, state = torch.randn(12, 7, device=DEVICE), torch.randn(12, 16, device=DEVICE)
     y, after = population(x, state)
     for n in range(12):
@@ -126,7 +126,7 @@ def test_recurrent_policy() -> None:
 
 
 def test_selection_and_replacement_of_rows() -> None:
-    population = population_of(MLP(7, 3, (20,)))
+    population = with_kernels(MLP(7, 3, (20,)))
     members = torch.tensor([5, 0, 0, 11, 2], device=DEVICE)
     selection = population.select(members)
     assert isinstance(selection, FusedSelection)
@@ -143,31 +143,31 @@ def test_selection_and_replacement_of_rows() -> None:
 
 def test_shares_of_a_population() -> None:
     module = MLP(7, 3, (20,))
-    whole, x = population_of(module), torch.randn(12, 7, device=DEVICE)
-    share = Population(module, Flipout(), Members(12, True, DEVICE, 4, 6), 0.3, 1, 2, kernels="triton")
-    assert torch.equal(share(x[6:10]), whole(x)[6:10])
+    whole, x = with_kernels(module), torch.randn(12, 7, device=DEVICE)
+    shard = population_of(module, Flipout(), 4, first=6, of=12, row_block=None, kernels="triton")
+    assert torch.equal(shard(x[6:10]), whole(x)[6:10])
 
 
 def test_hooks_and_still_parameters() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     module[1].register_forward_hook(lambda *_: None)
-    assert population_of(module)._network is None
+    assert with_kernels(module)._network is None
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     module[0].weight.requires_grad_(False)
-    population = population_of(module)
+    population = with_kernels(module)
     assert population._network is None
     x = torch.randn(12, 4, device=DEVICE)
     assert_members(population, x, population(x))
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     module[0].bias.requires_grad_(False)
-    population = population_of(module)
+    population = with_kernels(module)
     assert population._network is not None
     assert_members(population, x, population(x))
 
 
 def test_signs_take_one_bit() -> None:
-    population = population_of(MLP(7, 3, (40,)))
-    weight = population._perturbations["layers.0.weight"]
+    population = with_kernels(MLP(7, 3, (40,)))
+    weight = population.perturbations["layers.0.weight"]
     assert isinstance(weight, FlipoutPerturbation)
     assert isinstance(weight.r, PackedSigns)
     assert weight.r.words.shape == (6, 2)
@@ -175,7 +175,7 @@ def test_signs_take_one_bit() -> None:
 
 
 def test_dense_has_no_kernel_and_works() -> None:
-    population = population_of(MLP(7, 3, (8,)), Dense())
+    population = with_kernels(MLP(7, 3, (8,)), Dense())
     assert population._network is None
     x = torch.randn(12, 7, device=DEVICE)
     assert_members(population, x, population(x))
@@ -220,9 +220,10 @@ def test_what_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize("family", [Flipout(), LowRank()])
 def test_a_fixed_copy_takes_over_other_numbers(family: Family, precision: Any) -> None:
     module, other = MLP(7, 3, (20,)), MLP(7, 3, (20,))
-    first = population_of(module, family, precision=precision)
+    first = with_kernels(module, family, precision=precision)
     nn.init.normal_(other.layers[0].weight)  # type: ignore[arg-type]
-    second = Population(other.to(DEVICE), family, first.members, 0.7, 1, 3, kernels="triton", precision=precision)
+    settings = {"kernels": "triton", "precision": precision}
+    second = population_of(other.to(DEVICE), family, 12, sigma=0.7, generation=3, row_block=None, **settings)
     x, members = torch.randn(12, 7, device=DEVICE), torch.arange(12, device=DEVICE)
     assert first.layout == second.layout
     copied = first.fixed_copy()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: compiled kernels at real sizes, in CUDA graphs, and that tuning changes no bit."""
+"""Tests that need a GPU: compiled kernels at realistic sizes and in CUDA graphs, and tuning that does not change results."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from es_flipout.bench.ways import graphed
-from es_flipout.kernels import Precision
+from es_flipout.kernels import MemberNoise, Precision
 from es_flipout.kernels import linear as linear_kernel
 from es_flipout.kernels import mlp as mlp_kernel
 from es_flipout.kernels.linear import FlipoutLayer, linear, linear_by_library, linear_torch
@@ -18,9 +18,9 @@ from es_flipout.kernels.mlp import mlp, mlp_torch
 from es_flipout.kernels.signs import sign_words, sign_words_torch
 from es_flipout.kernels.weighted_sum import weighted_sum, weighted_sum_torch
 from es_flipout.perturbations import Flipout
-from es_flipout.policies import MLP
+from es_flipout.policies.networks import MLP
 from es_flipout.randomness import Address, Stream, signs
-from es_flipout.strategy import EvolutionStrategy
+from es_flipout.strategy.evolution_strategy import EvolutionStrategy
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -60,7 +60,10 @@ def test_mlp(sizes: tuple[int, ...], precision: Precision) -> None:
     layers = layers_of(sizes, 4096, precision)
     x, members = torch.randn(rows, sizes[0], device=CUDA), torch.randint(8192, (rows,), device=CUDA)
     assert (
-        error(mlp(x, layers, members, 2, SIGMA, precision), mlp_torch(x, layers, members, 2, SIGMA))
+        error(
+            mlp(x, layers, MemberNoise(members, 2, SIGMA, precision)),
+            mlp_torch(x, layers, MemberNoise(members, 2, SIGMA)),
+        )
         < TOLERANCE[precision]
     )
 
@@ -71,8 +74,8 @@ def test_linear(size_in: int, size_out: int, precision: Precision) -> None:
     (layer,) = layers_of((size_in, size_out), 500, precision)
     x, members = torch.randn(1003, size_in, device=CUDA), torch.randint(1000, (1003,), device=CUDA)
     poisoned = torch.full((1003, size_out), torch.inf, device=CUDA)
-    found = linear(x, layer, members, 2, SIGMA, precision, out=poisoned)
-    assert error(found, linear_torch(x, layer, members, 2, SIGMA)) < TOLERANCE[precision]
+    found = linear(x, layer, MemberNoise(members, 2, SIGMA, precision), out=poisoned)
+    assert error(found, linear_torch(x, layer, MemberNoise(members, 2, SIGMA))) < TOLERANCE[precision]
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -81,7 +84,13 @@ def test_linear_by_library(fp8: bool) -> None:
     base = layer.base.to(torch.float8_e4m3fn) if fp8 else layer.base
     layer = FlipoutLayer(layer.weight, base, layer.r, layer.s)
     x, members = torch.randn(128, 512, device=CUDA).bfloat16(), torch.arange(128, device=CUDA)
-    assert error(linear_by_library(x, layer, members, 2, SIGMA), linear_torch(x, layer, members, 2, SIGMA)) < 3e-2
+    assert (
+        error(
+            linear_by_library(x, layer, MemberNoise(members, 2, SIGMA)),
+            linear_torch(x, layer, MemberNoise(members, 2, SIGMA)),
+        )
+        < 3e-2
+    )
 
 
 def _one_of(configs: Callable[..., tuple[Any, ...]], number: int) -> Callable[..., tuple[Any, ...]]:
@@ -95,8 +104,8 @@ def test_no_configuration_changes_a_bit(precision: Precision, monkeypatch: pytes
     x, members = torch.randn(500, 20, device=CUDA), torch.randint(512, (500,), device=CUDA)
 
     def compute() -> list[torch.Tensor]:
-        whole = [mlp(x, which, members, 2, SIGMA, precision) for which in (layers, small)]
-        return [*whole, linear(x, layers[0], members, 2, SIGMA, precision)]
+        whole = [mlp(x, which, MemberNoise(members, 2, SIGMA, precision)) for which in (layers, small)]
+        return [*whole, linear(x, layers[0], MemberNoise(members, 2, SIGMA, precision))]
 
     results = []
     for number in range(3):

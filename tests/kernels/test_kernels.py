@@ -1,4 +1,4 @@
-"""Every kernel against its twin, and against dense members. Without a GPU Triton's interpreter runs them (conftest.py)."""
+"""Every kernel against its torch twin and dense members. Without a GPU, Triton's interpreter runs them (conftest.py)."""
 
 import dataclasses
 from itertools import pairwise
@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from es_flipout.kernels import Activation, Precision, interpreted
+from es_flipout.kernels import Activation, MemberNoise, Precision, interpreted
 from es_flipout.kernels.linear import FlipoutLayer, linear, linear_by_library, linear_torch
 from es_flipout.kernels.low_rank import low_rank_linear, low_rank_linear_torch
 from es_flipout.kernels.mlp import fits, mlp, mlp_torch
@@ -20,7 +20,7 @@ from es_flipout.kernels.weighted_sum import weighted_sum, weighted_sum_torch
 from es_flipout.randomness import Address, Stream, signs, unpacked_signs
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
-# Tensor cores cut inputs of TF32 to 10 bits and those of bf16 to 7; the interpreter cuts only bf16 (and rounds down).
+# Tensor cores reduce mantissas to 10 bits for TF32 and to 7 for bf16; the interpreter only reduces bf16 (and rounds down).
 TOLERANCE = {"ieee": 2e-5, "tf32x3": 5e-5, "tf32": 2e-2, "bf16": 6e-2}
 SIGMA = 0.3
 
@@ -50,7 +50,7 @@ def layer_of(
 
 
 def dense(x: Tensor, layer: FlipoutLayer, members: Tensor, share: int) -> Tensor:
-    """Row by row, with the weights of each row's member written out entry by entry."""
+    """Compute row by row, with the dense weights of each row's member."""
     rows = []
     for row, member in zip(x.double(), members.tolist(), strict=True):
         source, sign = member // share, 1 - 2 * (member % 2) if share == 2 else 1
@@ -90,8 +90,8 @@ def test_signed_rows(size: int, share: int) -> None:
     words = sign_words(Address(1), Stream.INPUT_SIGNS, torch.arange(4, device=DEVICE), size)
     members = torch.tensor([3, 0, 1, 3, 2], device=DEVICE)
     x, plus = torch.randn(5, size, device=DEVICE), torch.randn(5, size, device=DEVICE)
-    for extra in ({}, {"scale": 0.3}, {"scale": 0.3, "plus": plus}, {"dtype": torch.float64}):
-        arguments: Any = (x, words, members, share)
+    for extra in ({}, {"scaled": True}, {"scaled": True, "plus": plus}, {"dtype": torch.float64}):
+        arguments: Any = (x, words, MemberNoise(members, share, 0.3))
         assert torch.allclose(signed(*arguments, **extra), signed_torch(*arguments, **extra), atol=1e-6)
 
 
@@ -103,9 +103,9 @@ def test_linear(size_in: int, size_out: int, share: int, bases: int) -> None:
     members = torch.randint(12 * share, (37,), device=DEVICE)
     x = torch.randn(37, size_in, device=DEVICE)
     poisoned = torch.full((37, size_out), torch.inf, device=DEVICE)
-    found = linear(x, layer, members, share, SIGMA, out=poisoned)
+    found = linear(x, layer, MemberNoise(members, share, SIGMA), out=poisoned)
     assert found is poisoned
-    assert_near(found, linear_torch(x, layer, members, share, SIGMA))
+    assert_near(found, linear_torch(x, layer, MemberNoise(members, share, SIGMA)))
     assert_near(found, dense(x, layer, members, share))
 
 
@@ -114,21 +114,21 @@ def test_linear_in_other_precisions(precision: Precision) -> None:
     layer = layer_of(40, 50, 8, activation="elu")
     members = torch.randint(16, (20,), device=DEVICE)
     x = torch.randn(20, 40, device=DEVICE)
-    found = linear(x, layer, members, 2, SIGMA, precision)
+    found = linear(x, layer, MemberNoise(members, 2, SIGMA, precision))
     assert_near(found, dense(x, layer, members, 2), precision)
     if precision == "bf16":
         narrow = dataclasses.replace(layer, weight=layer.weight.bfloat16(), base=layer.base.bfloat16())
-        assert_near(linear(x.bfloat16(), narrow, members, 2, SIGMA, precision), found, precision)
+        assert_near(linear(x.bfloat16(), narrow, MemberNoise(members, 2, SIGMA, precision)), found, precision)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
 def test_a_base_of_signs_is_exact_in_few_bits(dtype: torch.dtype, precision: Precision) -> None:
     layer = layer_of(40, 20, 8)
-    layer.base[:, 3] = 0  # an entry that stays as it is
+    layer.base[:, 3] = 0  # an output that is not perturbed
     members, x = torch.arange(16, device=DEVICE), torch.randn(16, 40, device=DEVICE)
     few = dataclasses.replace(layer, base=layer.base.to(dtype))
-    wide, found = (linear(x, which, members, 2, SIGMA, precision) for which in (layer, few))
+    wide, found = (linear(x, which, MemberNoise(members, 2, SIGMA, precision)) for which in (layer, few))
     assert torch.equal(wide, found)
 
 
@@ -136,14 +136,14 @@ def test_linear_with_biases_of_the_rows_and_several_rows_of_a_member() -> None:
     layer = layer_of(9, 20, 8)
     members = torch.tensor([3, 0, 3, 15, 7], device=DEVICE, dtype=torch.int32)
     x, bias_rows = torch.randn(15, 9, device=DEVICE), torch.randn(5, 20, device=DEVICE)
-    found = linear(x, layer, members, 2, SIGMA, bias_rows=bias_rows)
-    assert_near(found, linear_torch(x, layer, members, 2, SIGMA, bias_rows=bias_rows))
+    found = linear(x, layer, MemberNoise(members, 2, SIGMA), bias_rows=bias_rows)
+    assert_near(found, linear_torch(x, layer, MemberNoise(members, 2, SIGMA), bias_rows=bias_rows))
     bare = dataclasses.replace(layer, bias=None, bias_noise=None)
     expected = dense(x, bare, members.repeat_interleave(3), 2) + bias_rows.repeat_interleave(3, 0)
     assert_near(found, expected)
-    assert_near(linear(x, bare, members, 2, SIGMA), dense(x, bare, members.repeat_interleave(3), 2))
+    assert_near(linear(x, bare, MemberNoise(members, 2, SIGMA)), dense(x, bare, members.repeat_interleave(3), 2))
     fixed = dataclasses.replace(layer, bias_noise=None)
-    assert_near(linear(x, fixed, members, 2, SIGMA), dense(x, fixed, members.repeat_interleave(3), 2))
+    assert_near(linear(x, fixed, MemberNoise(members, 2, SIGMA)), dense(x, fixed, members.repeat_interleave(3), 2))
 
 
 @pytest.mark.parametrize("sizes", [(17, 64, 64, 6), (348, 70, 33, 17), (3, 1), (5, 130, 2), (4, 3, 3, 3, 2)])
@@ -156,8 +156,8 @@ def test_mlp(sizes: tuple[int, ...], precision: Precision) -> None:
     members = torch.randint(20, (37,), device=DEVICE)
     x = torch.randn(37, sizes[0], device=DEVICE)
     assert fits(layers)
-    found = mlp(x, layers, members, 2, SIGMA, precision)
-    assert_near(found, mlp_torch(x, layers, members, 2, SIGMA), precision)
+    found = mlp(x, layers, MemberNoise(members, 2, SIGMA, precision))
+    assert_near(found, mlp_torch(x, layers, MemberNoise(members, 2, SIGMA)), precision)
     expected = x.double()
     for layer in layers:
         expected = dense(expected, layer, members, 2)
@@ -172,33 +172,36 @@ def test_mlp_in_bf16() -> None:
     ]
     members = torch.randint(20, (20,), device=DEVICE)
     x = torch.randn(20, 17, device=DEVICE)
-    found = mlp(x, layers, members, 2, SIGMA, "bf16")
+    found = mlp(x, layers, MemberNoise(members, 2, SIGMA, "bf16"))
     assert found.dtype == torch.float32
-    assert_near(found, mlp_torch(x, layers, members, 2, SIGMA), "bf16")
+    assert_near(found, mlp_torch(x, layers, MemberNoise(members, 2, SIGMA)), "bf16")
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     layers = [layer_of(17, 64, 10, 0, activation="tanh"), layer_of(64, 6, 10, 1)]
     members = torch.arange(20, device=DEVICE).repeat(5)
     x = torch.randn(20, 17, device=DEVICE).repeat(5, 1)
-    whole = mlp(x, layers, members, 2, SIGMA)
+    whole = mlp(x, layers, MemberNoise(members, 2, SIGMA))
     assert torch.equal(whole[:20], whole[40:60])
     order = torch.randperm(100, device=DEVICE)
-    assert torch.equal(mlp(x[order], layers, members[order], 2, SIGMA), whole[order])
-    assert torch.equal(mlp(x[7:8], layers, members[7:8], 2, SIGMA), whole[7:8])
-    assert torch.equal(linear(x[7:8], layers[0], members[7:8], 2, SIGMA), linear(x, layers[0], members, 2, SIGMA)[7:8])
+    assert torch.equal(mlp(x[order], layers, MemberNoise(members[order], 2, SIGMA)), whole[order])
+    assert torch.equal(mlp(x[7:8], layers, MemberNoise(members[7:8], 2, SIGMA)), whole[7:8])
+    assert torch.equal(
+        linear(x[7:8], layers[0], MemberNoise(members[7:8], 2, SIGMA)),
+        linear(x, layers[0], MemberNoise(members, 2, SIGMA))[7:8],
+    )
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_activations(activation: Activation) -> None:
-    # A layer whose weight is 1 and whose noise is 0 gives the activation of its input.
+    # A layer with weight 1 and no noise returns the activation of its input.
     layer = dataclasses.replace(
         layer_of(1, 1, 1, activation=activation, bias=False), weight=torch.ones(1, 1, device=DEVICE)
     )
     values = torch.cat([torch.linspace(-120, 120, 241), torch.linspace(-1, 1, 401), torch.logspace(-20, -1, 20)])
     x = values[:, None].to(DEVICE)
     members = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    found = linear(x, layer, members, 1, 0.0)
+    found = linear(x, layer, MemberNoise(members, 1, 0.0))
     assert torch.allclose(found, activated_torch(x, activation), rtol=3e-6, atol=6e-7)
 
 
@@ -207,12 +210,15 @@ def test_nan_stays_in_its_row_and_is_not_lost(activation: Activation) -> None:
     layers = [layer_of(5, 20, 4, 0, activation=activation), layer_of(20, 3, 4, 1, activation=activation)]
     x = torch.randn(9, 5, device=DEVICE)
     members = torch.arange(8, device=DEVICE).repeat(2)[:9]
-    clean = mlp(x, layers, members, 2, SIGMA)
+    clean = mlp(x, layers, MemberNoise(members, 2, SIGMA))
     x[4, 2] = torch.nan
-    for found in (mlp(x, layers, members, 2, SIGMA), mlp(x, layers, members, 2, SIGMA, "tf32")):
+    for found in (
+        mlp(x, layers, MemberNoise(members, 2, SIGMA)),
+        mlp(x, layers, MemberNoise(members, 2, SIGMA, "tf32")),
+    ):
         assert found[4].isnan().all()
         assert not found[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
-    assert torch.equal(mlp(x, layers, members, 2, SIGMA)[:4], clean[:4])
+    assert torch.equal(mlp(x, layers, MemberNoise(members, 2, SIGMA))[:4], clean[:4])
 
 
 def test_what_fits_into_one_kernel() -> None:
@@ -247,8 +253,8 @@ def test_low_rank(rank: int, share: int) -> None:
     left, right = torch.randn(6, rank, 9, device=DEVICE), torch.randn(6, rank, 70, device=DEVICE)
     members, x = torch.randint(6 * share, (11,), device=DEVICE), torch.randn(11, 70, device=DEVICE)
     for bias_rows in (None, bias):
-        found = low_rank_linear(x, weight, left, right, members, share, SIGMA, bias_rows)
-        assert_near(found, low_rank_linear_torch(x, weight, left, right, members, share, SIGMA, bias_rows))
+        found = low_rank_linear(x, weight, left, right, MemberNoise(members, share, SIGMA), bias_rows)
+        assert_near(found, low_rank_linear_torch(x, weight, left, right, MemberNoise(members, share, SIGMA), bias_rows))
         for i, member in enumerate(members.tolist()):
             scale = SIGMA * (1 - 2 * (member % 2) if share == 2 else 1)
             own = weight + scale * torch.einsum("ko,ki->oi", left[member // share], right[member // share])
@@ -260,4 +266,4 @@ def test_low_rank(rank: int, share: int) -> None:
 def test_linear_by_library(bias: bool) -> None:
     layer = layer_of(40, 20, 8, bias=bias)
     members, x = torch.randint(16, (11,), device=DEVICE), torch.randn(11, 40, device=DEVICE)
-    assert_near(linear_by_library(x, layer, members, 2, SIGMA), dense(x, layer, members, 2))
+    assert_near(linear_by_library(x, layer, MemberNoise(members, 2, SIGMA)), dense(x, layer, members, 2))

@@ -1,4 +1,4 @@
-"""Every layer, noise and estimator against the torch.nn twin with the dense weights of each example."""
+"""Every layer, noise and estimator, compared with the torch.nn twin with the dense weights of each example."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
 def output(y: Any) -> Tensor:
-    """All that a layer returns (sequences of a recurrent layer and its last states), as one tensor per example."""
+    """Return the output tensor of a layer (for recurrent layers, the outputs without the final states)."""
     return y[0] if isinstance(y, tuple) else y
 
 
@@ -277,7 +277,7 @@ def test_forward_draws_what_sample_draws(case: Case, noise: Noise, estimator: Es
     x = case.input()
     sample = again.sample(5)
     assert torch.equal(output(layer(x)), output(again(x, sample=sample)))
-    assert not torch.equal(output(layer(x)), output(again(x, sample=sample)))  # the next draw is another
+    assert not torch.equal(output(layer(x)), output(again(x, sample=sample)))  # the next draw differs
 
 
 @each_case
@@ -343,7 +343,9 @@ def test_dropout_between_recurrent_layers() -> None:
     sample = layer.sample(5)
     outputs = torch.stack([layer(x, sample=sample)[0] for _ in range(400)])
     assert not torch.equal(outputs[0], outputs[1])
-    assert len(outputs[:, 0, 0, 0].unique()) == 16  # at the first step: every subset of the four units below
+    assert (
+        len(outputs[:, 0, 0, 0].unique()) == 16
+    )  # at the first step: every subset of the four units of the layer below
     state = torch.Generator().manual_seed(0)
     layer.generator = state
     layer.sample(5)
@@ -383,7 +385,7 @@ def test_compiles_into_one_graph(name: str, estimator: Estimator) -> None:
     case = CASES[name]
     layer = case.make(NOISES["additive"], estimator)
     layer.generator = None
-    # Dynamo follows recurrent layers, torch.nn's too, only when told so.
+    # Dynamo skips recurrent layers, including torch.nn's, by default.
     with torch._dynamo.config.patch(allow_rnn=True):  # type: ignore[attr-defined]
         compare_compiled(layer, torch.compile(layer, backend="aot_eager", fullgraph=True), case.input())
 
@@ -402,7 +404,7 @@ def compare_compiled(layer: nn.Module, compiled: Any, x: Tensor) -> None:
         torch.testing.assert_close(parameter.grad, grad)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own, where it breaks a graph
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised by dynamo at graph breaks
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, "local_reparameterization"])
 @pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["global", "generator"])
 def test_compiles_for_any_batch_size(estimator: Estimator, generator: torch.Generator | None) -> None:

@@ -1,4 +1,4 @@
-"""The distribution of the weights of one example and of pairs, the signs, and unbiased gradients, within k sigma."""
+"""Distributions of the weights of single examples and of pairs, signs, and unbiased gradients, within K standard errors."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ each_noise = pytest.mark.parametrize("noise", NOISES.values(), ids=list(NOISES))
 each_estimator = pytest.mark.parametrize("estimator", ["flipout", "shared", "independent"])
 
 
-def centred(values: Tensor, expected: Tensor | float) -> None:
-    """The mean over the first dimension is ``expected`` within K standard errors."""
+def centerd(values: Tensor, expected: Tensor | float) -> None:
+    """Check that the mean over the first dimension is ``expected`` within K standard errors."""
     error = values.std(0) / len(values) ** 0.5
     assert ((values.mean(0) - expected).abs() <= K * error + 1e-12).all()
 
@@ -48,20 +48,20 @@ def test_marginal_distribution_and_independence(noise: Noise, estimator: Estimat
         samples = [layer.sample(2)["weight"] for _ in range(DRAWS)]
         weights = torch.stack([torch.stack([sample.example(n) for n in range(2)]) for sample in samples])
     unit = (weights - mean) / scale  # (draws, example, out, in)
-    centred(weights, mean)
-    centred(unit, 0.0)
-    centred(unit.square(), 1.0)
-    centred(unit**4, 3.0 if noise.gaussian else 1.0)
+    centerd(weights, mean)
+    centerd(unit, 0.0)
+    centerd(unit.square(), 1.0)
+    centerd(unit**4, 3.0 if noise.gaussian else 1.0)
     flat = unit.flatten(2)
     for n in range(2):  # within an example, independent: no correlation of values or of magnitudes
         for f in (lambda u: u, lambda u: u.square() - 1):
             pairs = f(flat[:, n])[:, :, None] * f(flat[:, n])[:, None, :]
             off = ~torch.eye(6, dtype=torch.bool)
-            centred(pairs[:, off], 0.0)
+            centerd(pairs[:, off], 0.0)
     if estimator == "shared":
         assert torch.equal(unit[:, 0], unit[:, 1])
     else:
-        centred(flat[:, 0, :, None] * flat[:, 1, None, :], 0.0)  # between examples: no correlation of values
+        centerd(flat[:, 0, :, None] * flat[:, 1, None, :], 0.0)  # between examples: no correlation of values
     if estimator == "flipout":
         torch.testing.assert_close(unit[:, 0].abs(), unit[:, 1].abs())
     if not noise.gaussian:
@@ -86,12 +86,12 @@ def test_biases(noise: Noise, estimator: Estimator) -> None:
         assert torch.equal(bias, layer.bias.detach().expand_as(bias))
         return
     unit = (bias - layer.bias.detach()) / layer.scale("bias").detach()
-    centred(unit, 0.0)
-    centred(unit.square(), 1.0)
+    centerd(unit, 0.0)
+    centerd(unit.square(), 1.0)
     if estimator == "shared":
         assert torch.equal(bias[:, 0], bias[:, 1])
     else:
-        centred(unit[:, 0, :, None] * unit[:, 1, None, :], 0.0)
+        centerd(unit[:, 0, :, None] * unit[:, 1, None, :], 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -141,7 +141,7 @@ def test_every_matrix_has_signs_of_its_own(layer: NoisyLayer) -> None:
 
 
 def gradients(layer: NoisyLayer, x: Tensor, target: Tensor, draws: int) -> Tensor:
-    """Mini-batch gradients of ``draws`` independent draws, ``(draws, parameters)``."""
+    """Return mini-batch gradients of ``draws`` independent draws, ``(draws, parameters)``."""
     rows = []
     parameters = list(layer.parameters())
     for _ in range(draws):
@@ -178,7 +178,7 @@ def test_recurrent_gradients_are_unbiased() -> None:
 
 
 def test_variance_of_a_linear_loss() -> None:
-    """There the flips cancel all that the examples share (gamma = 0), and independent examples are no better."""
+    """For a linear loss the flips cancel everything that examples share (gamma = 0), so independent noise is no better."""
     layer = FlipoutLinear(8, 4, False, dtype=torch.float64, noise=MultiplicativeGaussian(1.0))
     x = 1 + torch.randn(256, 8, dtype=torch.float64)
     spread: dict[str, Tensor] = {}
@@ -206,17 +206,17 @@ def test_local_reparameterization_has_the_moments_of_the_weights(noise: Noise) -
         variance = x.square() @ layer.scale("weight").square().T
         if noise.covers_bias:
             variance = variance + layer.scale("bias").square()
-    centred(y, mean)
-    centred((y - mean).square(), variance)
+    centerd(y, mean)
+    centerd((y - mean).square(), variance)
     unit = (y - mean).flatten(1)
     pairs = unit[:, :, None] * unit[:, None, :]
-    centred(pairs[:, ~torch.eye(10, dtype=torch.bool)], 0.0)  # between examples and between outputs
+    centerd(pairs[:, ~torch.eye(10, dtype=torch.bool)], 0.0)  # between examples and between outputs
 
 
 def test_normals_are_normal() -> None:
     drawn = normals((50_000,), torch.empty(0, dtype=torch.float64), torch.Generator().manual_seed(0))
     for power, moment in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):
-        centred(drawn[:, None] ** power, moment)
+        centerd(drawn[:, None] ** power, moment)
 
 
 def test_a_parameter_without_noise_is_its_mean() -> None:

@@ -1,0 +1,51 @@
+"""``es-flipout evaluate RUN_DIR [--episodes N] [--json]``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from es_flipout.cli.parsing import parse
+from es_flipout.errors import UserError
+
+_SHOWN = ("env_id", "episodes", "mean_return", "std_return", "median_return", "min_return", "max_return")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Score the mean policy of a run in the single Gymnasium environment."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Directory of the run."""
+    episodes: int = 100
+    """Episodes to play."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Score the policy and print the result."""
+    options = parse(EvaluateOptions, arguments, "evaluate")
+    if options.episodes < 1:
+        raise UserError(f"episodes must be at least 1, got {options.episodes}")
+
+    import torch
+
+    from es_flipout.training.evaluate import evaluate
+    from es_flipout.training.run_directory import load_agent
+
+    torch.set_num_threads(1)
+    agent, config = load_agent(options.run_dir)
+    result = evaluate(agent, config, options.episodes).to_dict()
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    for name in _SHOWN:
+        value = result[name]
+        print(f"{name:14} {value:,.2f}" if isinstance(value, float) else f"{name:14} {value}")
+    return 0

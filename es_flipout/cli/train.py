@@ -1,0 +1,51 @@
+"""``es-flipout train ENV_ID [options]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from es_flipout.cli.parsing import parse_with_preset
+from es_flipout.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a policy. Defaults come from the preset of the environment."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Directory of the run, which must not exist yet; None creates one under runs/."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train to the end and score the policy."""
+    options = parse_with_preset(TrainOptions, arguments, "train")
+    config = options.config
+
+    from es_flipout.cli.session import build_for, train_to_the_end
+    from es_flipout.training.metrics import TerminalReporter
+    from es_flipout.training.setup import make_trainer
+
+    run_dir = options.run_dir if options.run_dir is not None else _new_run_dir(config)
+    console = Console(stderr=True)
+    trainer = make_trainer(config, run_dir, TerminalReporter(console, config.task.env_id), build_for(config))
+    try:
+        trainer.create()
+    except BaseException:
+        trainer.close()
+        raise
+    return train_to_the_end(trainer, run_dir, console)
+
+
+def _new_run_dir(config: TrainConfig) -> Path:
+    """Return an unused path under runs/."""
+    name, now = config.task.env_id.replace("/", "_"), datetime.now()
+    path = Path("runs") / f"{name}_seed{config.schedule.seed}_{now.strftime('%Y-%m-%d_%H-%M-%S')}"
+    return path if not path.exists() else path.with_name(f"{path.name}_{now.microsecond}")

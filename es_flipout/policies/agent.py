@@ -1,0 +1,104 @@
+"""A complete policy: network, observation normalization and action map; saved as ``policy.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import gymnasium
+import torch
+from torch import Tensor, nn
+
+from es_flipout.config import TrainConfig
+from es_flipout.errors import UserError
+from es_flipout.policies.action_map import ActionMap, check_observation_space
+from es_flipout.policies.networks import MLP, ConvNet, Linear, Recurrent, initial_state
+from es_flipout.policies.observation_norm import BoundsNorm, Identity, Normalizer, ObservationNorm
+
+
+class Agent:
+    """Maps observations to actions, deterministically.
+
+    Attributes:
+        obs_dim: size of an observation, ``O``.
+        module: the network, ``(n, O)`` to ``(n, outputs)``; with memory, as :class:`es_flipout.policies.Recurrent`.
+        norm: normalization of the network's inputs.
+        action_map: maps outputs to actions.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+        observation_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        """Create an untrained agent.
+
+        Args:
+            config: configuration of the policy.
+            observation_space: a one-dimensional ``Box``.
+            action_space: ``Discrete`` or a one-dimensional ``Box``.
+            observation_shape: shape of the observations before flattening, required by a convolutional policy.
+
+        Raises:
+            UserError: a space is not supported.
+        """
+        self.obs_dim = obs_dim = check_observation_space(observation_space)
+        self.action_map = ActionMap(action_space, config.policy.squash)
+        self.module = _policy(config, obs_dim, observation_shape or (obs_dim,), self.action_map.size)
+        if config.policy.kind == "convnet":
+            assert isinstance(observation_space, gymnasium.spaces.Box)
+            self.norm: Normalizer = BoundsNorm(observation_space)
+        else:
+            self.norm = ObservationNorm(obs_dim) if config.policy.observation_norm else Identity()
+
+    def initial_state(self, rows: int) -> Tensor | None:
+        """Return the recurrent state at the start of an episode, ``(rows, state_size)``; None without memory."""
+        return initial_state(self.module, rows, next(self.module.parameters()).device)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Map observations ``(n, O)`` and the state to actions ``(n,)`` or ``(n, A)`` and the next state."""
+        x = self.norm(obs)
+        output, state = (self.module(x), None) if state is None else self.module(x, state)
+        return self.action_map(output), state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all tensors in a flat dictionary."""
+        state = {f"policy.{name}": value for name, value in self.module.state_dict().items()}
+        if isinstance(self.norm, ObservationNorm):
+            state |= {f"observation_norm.{name}": value for name, value in self.norm.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load the tensors of :meth:`state_dict`.
+
+        Raises:
+            UserError: the tensors do not fit this agent.
+        """
+        try:
+            self.module.load_state_dict(_under(state, "policy."))
+            if isinstance(self.norm, ObservationNorm):
+                self.norm.load_state_dict(_under(state, "observation_norm."))
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"the saved policy does not fit the configuration: {' '.join(str(error).split())}"
+            ) from None
+
+
+def _policy(config: TrainConfig, obs_dim: int, shape: tuple[int, ...], outputs: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(config.schedule.seed)
+    policy, gain = config.policy, config.policy.output_gain
+    match policy.kind:
+        case "mlp":
+            return MLP(obs_dim, outputs, policy.hidden, policy.activation, gain, generator)
+        case "linear":
+            return Linear(obs_dim, outputs)
+        case "recurrent":
+            return Recurrent(obs_dim, outputs, policy.hidden, policy.cell, gain, generator)
+        case "convnet":
+            return ConvNet(shape, outputs, policy.channels, policy.hidden, policy.activation, gain, generator)
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""Rollouts: who plays the episodes of a generation, and where."""

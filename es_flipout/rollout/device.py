@@ -1,0 +1,399 @@
+"""The rollout without the host: policy, physics, rewards and the queue of episodes stay on the device.
+
+:class:`DeviceRollout` plays the same episodes as :func:`es_flipout.rollout.host.run`. Nothing it does depends on a value that the
+host would have to know: all shapes are fixed, every slot is computed at every step, and what must not count is masked. So a
+*launch* (some control steps of all slots, then the slots that ended take the next jobs) is one CUDA graph. The host launches
+it again and again and learns one launch later whether a slot is still live, so the device never waits; the launches too many
+at the end step nothing. All numbers that change from one generation to the next (weights, signs, sigma, statistics, start
+states) are copied into the memory that was captured, so a graph is captured once for a run.
+
+mujoco-warp's solver loops by conditional nodes. CUDA refuses those in child graphs, and recording one suspends torch's
+capture, so physics by warp has a graph of its own (``capturable`` is false): a control step is then one graph of torch, from
+the outcome of one physics step to the actions of the next, and one of warp, in turn on one stream; the refill, which also
+runs physics, is launched as it is. Still nothing waits. Without CUDA every graph is a plain call: the same code, which is how
+it is tested.
+
+On the CPU a result equals that of ``run`` to the bit, for any number of slots and steps of a launch (policies are computed in
+the population's row blocks). On CUDA all slots are one block, so a change of their number may change the last bits.
+
+Letters: ``P`` members, ``E`` episodes of each, ``J = P * E`` jobs, ``S`` slots, ``O`` observation size, ``K`` numbers that
+describe the start of an episode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import gymnasium
+import torch
+from torch import Tensor
+
+from es_flipout.policies.agent import Agent
+from es_flipout.rollout.episodes import Episodes, JobResults, Rollout, RolloutInterrupted, ShouldStop
+from es_flipout.strategy.population import Population
+from es_flipout.strategy.unperturbed import Unperturbed
+
+STEPS_PER_LAUNCH = 8  # a slot that ends waits for the end of the launch: half of this on average
+_WARM_UP = 3  # launches before one is captured, so that libraries and compilers have done what they do once
+_NO_LIMIT = torch.iinfo(torch.int64).max
+
+
+class DeviceEnv(Protocol):
+    """What a device rollout needs of a batch of environments; :class:`es_flipout.envs.native.NativeBatchEnv` says more.
+
+    The state stays where it is in memory, and :meth:`step` and :meth:`restart_where` do not wait for the device.
+    """
+
+    env_id: str
+    num_envs: int
+    device: torch.device
+    observation_space: gymnasium.spaces.Box
+    action_space: gymnasium.spaces.Box | gymnasium.spaces.Discrete
+    max_episode_steps: int | None
+    alive_bonus: float
+
+    @property
+    def capturable(self) -> bool:
+        """See :class:`es_flipout.envs.native.NativeBatchEnv`."""
+        ...
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """See :class:`es_flipout.envs.BatchEnv`."""
+        ...
+
+    @property
+    def diverged(self) -> Tensor:
+        """See :class:`es_flipout.envs.BatchEnv`."""
+        ...
+
+    def starts(self, seeds: Tensor) -> Tensor:
+        """See :meth:`es_flipout.envs.native.NativeBatchEnv.starts`."""
+        ...
+
+    def restart_where(self, mask: Tensor, starts: Tensor) -> Tensor:
+        """See :meth:`es_flipout.envs.native.NativeBatchEnv.restart_where`."""
+        ...
+
+    def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :meth:`es_flipout.envs.BatchEnv.step`."""
+        ...
+
+    def close(self) -> None:
+        """See :meth:`es_flipout.envs.BatchEnv.close`."""
+        ...
+
+
+@runtime_checkable
+class SteppedInParts(Protocol):
+    """An environment whose step has parts that can be captured, around physics that cannot."""
+
+    def begin_step(self, action: Tensor, live: Tensor | None = None) -> None:
+        """Take in the actions."""
+        ...
+
+    def run_physics(self) -> None:
+        """What cannot be captured."""
+        ...
+
+    def end_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What ``step`` returns."""
+        ...
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How a device rollout is launched.
+
+    Attributes:
+        steps: control steps between two refills.
+        captured: use CUDA graphs where there is CUDA.
+    """
+
+    steps: int = STEPS_PER_LAUNCH
+    captured: bool = True
+
+
+DEFAULT_LAUNCH = LaunchOptions()
+
+
+def layout(population: Population | Unperturbed, episodes: Episodes) -> Hashable:
+    """Equal for what the same :class:`DeviceRollout` can play."""
+    return type(population), population.layout, episodes.count, episodes.observed_jobs
+
+
+class DeviceRollout:
+    """Plays populations and episodes of one :func:`layout` in one batch of environments, in memory that it keeps."""
+
+    def __init__(
+        self,
+        env: DeviceEnv,
+        agent: Agent,
+        population: Population | Unperturbed,
+        episodes: Episodes,
+        launch: LaunchOptions = DEFAULT_LAUNCH,
+    ) -> None:
+        """Reserve the memory.
+
+        Args:
+            env: the environments; others may use them between two calls of :meth:`play`.
+            agent: its normalization and action map stand around the members' networks.
+            population: of the layout; it is not kept.
+            episodes: of the layout; they are not kept.
+            launch: how it is launched.
+        """
+        self._agent, self._launch_options = agent, launch
+        self._use_graphs = launch.captured and env.device.type == "cuda"
+        device, slots, jobs = env.device, env.num_envs, episodes.jobs
+        self.env, self.episodes, self.jobs = env, episodes.count, jobs
+        self._parts = env if isinstance(env, SteppedInParts) else None
+        self.moment_jobs = episodes.observed_jobs
+        self.refills = jobs > slots
+        self._norm, self._actions = agent.norm.fixed_copy(device), copy.copy(agent.action_map).to(device)
+        self._population = population.fixed_copy()
+        self._rows = self._population.select(torch.zeros(slots, dtype=torch.int64, device=device))
+        self._memory = self._population.initial_state(slots)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # The queue, and what is known of the slots. No slot has a job yet, and none is left to take.
+        self._next, self._cap = zeros().fill_(jobs), zeros().fill_(_NO_LIMIT)
+        self._job, self._elapsed = zeros(slots).fill_(jobs), zeros(slots)
+        self._live = zeros(slots, dtype=torch.bool)
+        self._return = zeros(slots, dtype=torch.float64)
+        observed, size = (slots if self.moment_jobs else 0), env.observation_space.shape[0]
+        self._total, self._squares = zeros(2, observed, size, dtype=torch.float64).unbind()
+        # Results; an additional last row takes what is not to be written.
+        self._returns, self._lengths = zeros(jobs + 1, dtype=torch.float64), zeros(jobs + 1)
+        self._totals = zeros(self.moment_jobs + 1, size, dtype=torch.float64)
+        self._all_squares = torch.zeros_like(self._totals)
+        self._diverged, self._remaining = zeros(), zeros(dtype=torch.bool)
+        # What goes between policy, environment and bookkeeping.
+        self._starts = zeros(jobs, env.starts(torch.zeros(1, dtype=torch.int64)).shape[1], dtype=torch.float64)
+        self._obs = env.restart_where(self._live, self._starts[:1].expand(slots, -1)).clone()
+        self._action = self._actions(torch.zeros(slots, agent.action_map.size, device=device))
+        outcome = env.step(self._action, self._live)
+        self._reward, self._terminated, self._truncated = (part.clone() for part in outcome[1:])
+        self._env_diverged = env.diverged.clone()
+        self._watch = _Watch(device)
+        self._launch: Callable[[], None] | None = None
+
+    def stored(self) -> tuple[object, ...]:
+        """What this rollout keeps beside its environments, its population and the selection of it."""
+        queue = (self._next, self._cap, self._job, self._elapsed, self._live, self._return, self._total, self._squares)
+        results = (self._returns, self._lengths, self._totals, self._all_squares, self._diverged, self._remaining)
+        between = (self._starts, self._obs, self._action, self._reward, self._terminated, self._truncated)
+        return *queue, *results, *between, self._env_diverged, self._norm, self._actions, self._memory
+
+    def play(
+        self, population: Population | Unperturbed, episodes: Episodes, should_stop: ShouldStop | None = None
+    ) -> Rollout:
+        """Play episodes of every member, see :meth:`es_flipout.rollout.players.Player.play`.
+
+        Raises:
+            RolloutInterrupted: ``should_stop``, which is asked once a launch, returned true.
+        """
+        episodes.check(population.size)
+        if self._launch is None:
+            self._launch = self._captured()
+        self._load(population, episodes)
+        self._begin()
+        self._watch.forget()
+        while self._watch.remaining:
+            if should_stop is not None and should_stop():
+                raise RolloutInterrupted
+            self._launch()
+            self._watch.look(self._remaining)
+        shape = episodes.seeds.shape
+        results = JobResults(
+            self._returns[:-1].cpu().view(shape),
+            self._lengths[:-1].cpu().view(shape),
+            self._totals[:-1].cpu(),
+            self._all_squares[:-1].cpu(),
+            int(self._diverged),
+        )
+        return Rollout.of(results, self.env.alive_bonus if episodes.remove_alive_bonus else 0.0)
+
+    def _load(self, population: Population | Unperturbed, episodes: Episodes) -> None:
+        """Take in all that this rollout does not share with the one before it."""
+        self._population.load_(population)  # pyright: ignore[reportArgumentType]  (both are of one layout)
+        self._norm.load_(self._agent.norm)
+        self._starts.copy_(self.env.starts(episodes.seeds.flatten()))
+        self._cap.fill_(_NO_LIMIT if episodes.step_cap is None else episodes.step_cap)
+        self._next.zero_()
+        self._diverged.zero_()
+        self._job.fill_(self.jobs)
+        self._live.fill_(False)
+        # Poisoned, so that a job that never ran cannot pass for one that did.
+        self._returns.fill_(torch.nan)
+        self._lengths.fill_(-1)
+
+    # What follows is captured: no value reaches the host, no shape depends on one, every result goes to memory that stays.
+
+    def _whole_launch(self) -> None:
+        for _ in range(self._launch_options.steps):
+            self._before()
+            self._physics()
+            self._after()
+        self._finish()
+
+    def _before(self) -> None:
+        self._act()
+        if self._parts is not None:
+            self._parts.begin_step(self._action, self._live)
+
+    def _physics(self) -> None:
+        if self._parts is not None:
+            self._parts.run_physics()
+        else:
+            self._keep(*self.env.step(self._action, self._live))
+
+    def _after(self) -> None:
+        if self._parts is not None:
+            self._keep(*self._parts.end_step())
+        self._absorb()
+
+    def _between(self) -> None:
+        self._after()
+        self._before()
+
+    def _finish(self) -> None:
+        self._record()
+        if self.refills:
+            self._begin()
+        self._remaining.copy_(self._live.any())
+
+    @torch.no_grad()
+    def _act(self) -> None:
+        """Actions of all slots for the observations at hand."""
+        if self.moment_jobs:
+            shown = torch.where(self._live[:, None], self._obs, 0)
+            self._total += shown
+            self._squares.addcmul_(shown, shown)
+        output = self._rows(self._norm(self._obs), *(() if self._memory is None else (self._memory,)))
+        if self._memory is not None:
+            output, after = output
+            self._memory.copy_(after)
+        self._action.copy_(self._actions(output))
+
+    def _keep(self, obs: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> None:
+        """Bring a step's outcome to where what was captured looks for it."""
+        self._obs.copy_(obs)
+        self._reward.copy_(reward)
+        self._terminated.copy_(terminated)
+        self._truncated.copy_(truncated)
+        self._env_diverged.copy_(self.env.diverged)
+
+    def _absorb(self) -> None:
+        """Take in a step's outcome; a slot whose episode ended is frozen."""
+        self._return += self._reward
+        self._elapsed += self._live
+        self._diverged += self._env_diverged.sum()
+        self._live &= ~(self._terminated | self._truncated | (self._elapsed >= self._cap))
+
+    def _record(self) -> None:
+        """Write the results of the slots that ended."""
+        at = torch.where(self._live, self.jobs, self._job)
+        self._returns.index_copy_(0, at, self._return)
+        self._lengths.index_copy_(0, at, self._elapsed)
+        if self.moment_jobs:
+            at = at.clamp(max=self.moment_jobs)
+            self._totals.index_copy_(0, at, self._total)
+            self._all_squares.index_copy_(0, at, self._squares)
+        self._job.masked_fill_(~self._live, self.jobs)
+
+    def _begin(self) -> None:
+        """Slots without a job take the next ones, in the order of the slots, as long as there are any."""
+        place = self._next + (~self._live).cumsum(0) - 1
+        new = ~self._live & (place < self.jobs)
+        chosen = place.clamp(0, self.jobs - 1)
+        self._obs.copy_(self.env.restart_where(new, self._starts.index_select(0, chosen)))
+        self._rows.replace_where(new, chosen // self.episodes)
+        self._job.copy_(torch.where(new, place, self._job))
+        for counted in (self._elapsed, self._return):
+            counted.masked_fill_(new, 0)
+        for rows in (self._total, self._squares) if self.moment_jobs else ():
+            rows.masked_fill_(new[:, None], 0)
+        if self._memory is not None:
+            self._memory.masked_fill_(new[:, None], 0)
+        self._next += new.sum()
+        self._live |= new
+
+    def _captured(self) -> Callable[[], None]:
+        """A launch, in as few graphs as the environment allows."""
+        if self._use_graphs:
+            # No job is left to take, so all slots are frozen.
+            torch.cuda.synchronize(self.env.device)
+            with torch.cuda.stream(torch.cuda.Stream(self.env.device)):
+                for _ in range(_WARM_UP):
+                    self._whole_launch()
+        graph = _graph if self._use_graphs else _plain_call
+        if self.env.capturable:
+            return graph(self._whole_launch)
+        before, between, after = graph(self._before), graph(self._between), graph(self._after)
+
+        def launch() -> None:
+            before()
+            for _ in range(self._launch_options.steps - 1):
+                self._physics()
+                between()
+            self._physics()
+            after()
+            self._finish()
+
+        return launch
+
+
+class _Watch:
+    """Tells the host whether a slot is live, without waiting for the launch that says so: for the one before it.
+
+    Attributes:
+        remaining: whether a slot was live when it was last known.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self._flags = torch.ones(2, dtype=torch.bool, pin_memory=is_cuda)
+        self._events = [torch.cuda.Event() for _ in range(2)] if is_cuda else None
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.remaining, self._looks = True, 0
+
+    def look(self, flag: Tensor) -> None:
+        """Ask for ``flag``, a scalar on the device; take in what was asked for last time."""
+        now, before = self._looks % 2, (self._looks + 1) % 2
+        self._flags[now].copy_(flag, non_blocking=True)
+        if self._events is not None:
+            self._events[now].record()
+        if self._looks:
+            if self._events is not None:
+                self._events[before].synchronize()
+            self.remaining = bool(self._flags[before])
+        self._looks += 1
+
+
+def _graph(function: Callable[[], None]) -> Callable[[], None]:
+    """The function as a CUDA graph."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def _plain_call(function: Callable[[], None]) -> Callable[[], None]:
+    return function
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had too little memory; warp says so with a RuntimeError, and a capture hides what broke it off."""
+    said = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "failed to allocate" in said:
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)

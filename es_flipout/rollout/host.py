@@ -1,0 +1,321 @@
+"""The rollout on the host: a population plays its episodes in a batch of environments.
+
+The ``P * E`` episodes are jobs in a queue. Every slot of the environments plays one job; a slot whose episode ends takes
+the next job at once. Dead slots are not stepped and not counted. Given two environments, physics and policy are
+double-buffered: the physics of one runs in a thread (which releases the GIL) while the policy works on the other.
+
+Letters: ``P`` members, ``E`` episodes of each, ``J = P * E`` jobs, ``S`` slots of one environment, ``O`` observation size.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from es_flipout.envs.base import BatchEnv
+from es_flipout.policies.action_map import ActionMap
+from es_flipout.policies.observation_norm import Identity
+from es_flipout.rollout.episodes import (
+    MOMENT_JOBS,
+    Episodes,
+    JobResults,
+    Rollout,
+    RolloutInterrupted,
+    ShouldStop,
+    start_seeds,
+)
+from es_flipout.strategy.population import Population
+
+_Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # what BatchEnv.step returns
+
+
+class PopulationLike(Protocol):
+    """What a rollout needs of a population."""
+
+    size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations are expected."""
+        ...
+
+    def initial_state(self, rows: int) -> Tensor | None:
+        """What policies with memory remember at the start of an episode, ``(rows, state size)``; None without memory."""
+        ...
+
+    def select(self, members: Tensor) -> PolicyBatch:
+        """A forward for the given members."""
+        ...
+
+
+class PolicyBatch(Protocol):
+    """A forward whose row ``i`` belongs to one member, and can be given to another."""
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """``(n, O)`` to ``(n, outputs)``; with memory, that and the state to the outputs and the next state."""
+        ...
+
+    def replace(self, rows: Tensor, members: Tensor) -> None:
+        """Give rows to other members."""
+        ...
+
+
+def run(
+    population: PopulationLike,
+    env: BatchEnv | Sequence[BatchEnv],
+    episodes: int | Episodes = 1,
+    *,
+    observation_norm: Callable[[Tensor], Tensor] | None = None,
+    action_map: ActionMap | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Rollout:
+    """Play episodes of every member.
+
+    Args:
+        population: the members.
+        env: one environment batch, or two (of any sizes) to double-buffer physics and policy.
+        episodes: how many of each member, with start states addressed by the population's seed and generation; or a
+            whole request.
+        observation_norm: applied to observations before the policy; only converts to float32 by default.
+        action_map: turns outputs into actions; by default the one of the environment's action space.
+        should_stop: asked once a step; true ends the rollout with :class:`RolloutInterrupted`.
+
+    Returns:
+        The returns, lengths and observation moments.
+
+    Raises:
+        ValueError: the request is not one for this population.
+        EnvironmentFailureError: the environment's own code raised.
+    """
+    envs = [env] if isinstance(env, BatchEnv) else list(env)
+    if not isinstance(episodes, Episodes):
+        if episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {episodes}")
+        if not isinstance(population, Population):
+            raise ValueError("seeds are needed for anything but a Population")
+        episodes = Episodes(start_seeds(population, episodes), moment_jobs=MOMENT_JOBS)
+    episodes.check(population.size)
+    jobs = _Jobs(episodes, envs[0])
+    norm = observation_norm if observation_norm is not None else Identity()
+    actions = action_map if action_map is not None else ActionMap(envs[0].action_space)
+    own_actions = copy.copy(actions).to(population.device)  # the caller's stays where it is
+    lanes = [_Lane(e, population, jobs, norm, own_actions) for e in envs]
+    if len(lanes) == 1:
+        _run_alone(lanes[0], should_stop)
+    else:
+        _run_overlapped(lanes, should_stop)
+    return Rollout.of(jobs.results(), envs[0].alive_bonus if episodes.remove_alive_bonus else 0.0)
+
+
+def _run_alone(lane: _Lane, should_stop: ShouldStop | None) -> None:
+    while lane.any_live:
+        if should_stop is not None and should_stop():
+            raise RolloutInterrupted
+        lane.absorb(*lane.env.step(lane.act(), lane.live_mask))
+
+
+def _run_overlapped(lanes: list[_Lane], should_stop: ShouldStop | None) -> None:
+    """Every lane has a thread that steps its environment; this one serves the lanes in turn, so the order is fixed."""
+    steppers = [_Stepper(lane) for lane in lanes if lane.any_live]
+    try:
+        for stepper in steppers:
+            stepper.send()
+        waiting = steppers
+        while waiting:
+            if should_stop is not None and should_stop():
+                raise RolloutInterrupted
+            for stepper in waiting:
+                stepper.receive()
+                if stepper.lane.any_live:
+                    stepper.send()
+            waiting = [stepper for stepper in waiting if stepper.lane.any_live]
+    finally:
+        for stepper in steppers:
+            stepper.close()
+
+
+class _Stepper:
+    """Steps one lane's environment in a thread. Plain queues: a future costs as much as a small network."""
+
+    def __init__(self, lane: _Lane) -> None:
+        self.lane = lane
+        self._todo: SimpleQueue[Tensor | None] = SimpleQueue()
+        self._done: SimpleQueue[_Outcome | BaseException] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="physics", daemon=True)
+        self._thread.start()
+
+    def send(self) -> None:
+        """Begin the step that follows from the observations at hand."""
+        self._todo.put(self.lane.act())
+
+    def receive(self) -> None:
+        """Wait for the step and take it in."""
+        outcome = self._done.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        self.lane.absorb(*outcome)
+
+    def close(self) -> None:
+        """End the thread, after the step that it may be in."""
+        self._todo.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (action := self._todo.get()) is not None:
+            try:
+                self._done.put(self.lane.env.step(action, self.lane.live_mask))
+            except BaseException as error:
+                self._done.put(error)
+
+
+class _Jobs:
+    """The queue of episodes, and what came of each."""
+
+    def __init__(self, episodes: Episodes, env: BatchEnv) -> None:
+        self.episodes = episodes
+        self.cap = episodes.cap_below(env.max_episode_steps)
+        self.seeds = episodes.seeds.flatten()
+        self.next = 0
+        count, size = len(self.seeds), env.observation_space.shape[0]
+        # Poisoned, so that a job that never ran cannot pass for one that did.
+        self.returns = torch.full((count,), torch.nan, dtype=torch.float64)
+        self.lengths = torch.full((count,), -1, dtype=torch.int64)
+        self.diverged = 0
+        self.observed = episodes.observed_jobs
+        self.total = torch.zeros(self.observed, size, dtype=torch.float64)
+        self.squares = torch.zeros(self.observed, size, dtype=torch.float64)
+
+    def take(self, count: int) -> Tensor:
+        """The next jobs, at most ``count``."""
+        first, self.next = self.next, min(self.next + count, len(self.seeds))
+        return torch.arange(first, self.next)
+
+    def member_of(self, jobs: Tensor) -> Tensor:
+        return jobs // self.episodes.count
+
+    def results(self) -> JobResults:
+        shape = self.episodes.seeds.shape
+        return JobResults(self.returns.view(shape), self.lengths.view(shape), self.total, self.squares, self.diverged)
+
+
+class _Lane:
+    """One environment batch and the jobs in its slots."""
+
+    def __init__(
+        self,
+        env: BatchEnv,
+        population: PopulationLike,
+        jobs: _Jobs,
+        norm: Callable[[Tensor], Tensor],
+        actions: ActionMap,
+    ) -> None:
+        slots = env.num_envs
+        self.env, self.population, self.jobs = env, population, jobs
+        self.norm, self.actions, self.cap = norm, actions, jobs.cap
+        self.job = torch.zeros(slots, dtype=torch.int64)
+        self.live = torch.zeros(slots, dtype=torch.bool)
+        self.elapsed = torch.zeros(slots, dtype=torch.int64)
+        self.returns = torch.zeros(slots, dtype=torch.float64)
+        self.total = torch.zeros(slots, jobs.total.shape[1] if jobs.observed else 0, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.total)
+        self.state = population.initial_state(slots)
+        self.obs = torch.zeros(0)
+        self._begin(torch.arange(slots))
+        self.any_live = bool(self.live.any())
+        if self.any_live:
+            self._lay_out()
+
+    @property
+    def live_mask(self) -> Tensor | None:
+        """Which slots to step; None when all are live."""
+        return None if self.all_live else self.live
+
+    def _begin(self, slots: Tensor) -> Tensor:
+        """Start the next jobs in the given slots, as many as there are; returns the slots that got one."""
+        new = self.jobs.take(len(slots))
+        started = slots[: len(new)]
+        self.job[started] = new
+        self.live[slots] = False
+        self.live[started] = True
+        self.all_live = bool(self.live.all())
+        if len(new):
+            self.elapsed[started], self.returns[started] = 0, 0.0
+            self.total[started], self.squares[started] = 0.0, 0.0
+            if self.state is not None:
+                self.state[started] = 0.0
+            seeds, mask = torch.zeros_like(self.job), torch.zeros_like(self.live)
+            seeds[started], mask[started] = self.jobs.seeds[new], True
+            self.obs = self.env.reset(seeds, mask).cpu()
+        return started
+
+    def _lay_out(self) -> None:
+        """Give a policy row to every live slot and to no other."""
+        self.rows = None if self.all_live else self.live.nonzero()[:, 0]
+        self.num_rows = len(self.live) if self.rows is None else len(self.rows)
+        jobs = self.job if self.rows is None else self.job[self.rows]
+        self.policy = self.population.select(self.jobs.member_of(jobs).to(self.population.device))
+
+    def act(self) -> Tensor:
+        """Actions of all slots for the observations at hand; dead slots get zeros."""
+        obs = self.obs
+        if self.jobs.observed:
+            self.total += obs
+            self.squares.addcmul_(obs, obs)
+        x = obs if self.rows is None else obs[self.rows]
+        # Statistics are where the observations are: on the host.
+        action = self.actions(self._outputs(self.norm(x).to(self.population.device))).to(self.env.device)
+        if self.rows is None:
+            return action
+        full = action.new_zeros(len(self.live), *action.shape[1:])
+        full[self.rows] = action
+        return full
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        """The policies' outputs for the rows' observations; what they remember goes on."""
+        if self.state is None:
+            return self.policy(x)
+        if self.rows is None:
+            output, self.state = self.policy(x, self.state)
+        else:
+            output, self.state[self.rows] = self.policy(x, self.state[self.rows])
+        return output
+
+    def absorb(self, obs: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> None:
+        """Take in a step's outcome; end episodes and start the next jobs."""
+        if obs.device.type != "cpu":
+            obs, reward, terminated, truncated = obs.cpu(), reward.cpu(), terminated.cpu(), truncated.cpu()
+        self.obs = obs
+        # NumPy: right after physics, with cold caches, a torch operation on a few hundred numbers takes several times as long.
+        returns, elapsed = self.returns.numpy(), self.elapsed.numpy()
+        np.add(returns, reward.numpy(), out=returns)
+        np.add(elapsed, 1, out=elapsed)
+        done = terminated.numpy() | truncated.numpy()
+        if self.cap is not None:
+            done |= self.live.numpy() & (elapsed >= self.cap)
+        if np.count_nonzero(done):
+            self._end(torch.from_numpy(done.nonzero()[0]))
+
+    def _end(self, slots: Tensor) -> None:
+        jobs, ended = self.jobs, self.job[slots]
+        jobs.returns[ended] = self.returns[slots]
+        jobs.lengths[ended] = self.elapsed[slots]
+        jobs.diverged += int(self.env.diverged.cpu()[slots].sum())
+        if jobs.observed:
+            observed = ended < jobs.observed
+            jobs.total[ended[observed]] = self.total[slots[observed]]
+            jobs.squares[ended[observed]] = self.squares[slots[observed]]
+        started = self._begin(slots)
+        self.any_live = bool(self.live.any())
+        if len(started):
+            # While there are jobs every slot has one, so here rows are slots.
+            assert self.rows is None
+            self.policy.replace(started, self.jobs.member_of(self.job[started]).to(self.population.device))
+        if self.any_live and 2 * int(self.live.sum()) <= self.num_rows:
+            self._lay_out()

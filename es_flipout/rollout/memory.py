@@ -1,0 +1,53 @@
+"""Memory: what arrays really take up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+
+def stored_bytes(*roots: object) -> int:
+    """Bytes of all arrays that can be reached from ``roots``: of torch, NumPy and warp; what several share counts once."""
+    places: dict[int, int] = {}
+    for item in _reachable(roots):
+        place, size = _place(item)
+        places[place] = max(size, places.get(place, 0))
+    places.pop(0, None)
+    return sum(places.values())
+
+
+def show_bytes(count: int) -> str:
+    """Bytes in decimal MB or GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _place(item: object) -> tuple[int, int]:
+    """Address and bytes of an array; zeros of anything else."""
+    if isinstance(item, Tensor):
+        storage = item.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    if isinstance(item, np.ndarray):
+        return item.__array_interface__["data"][0], item.nbytes
+    if type(item).__module__.partition(".")[0] == "warp":  # which need not be installed
+        return getattr(item, "ptr", None) or 0, getattr(item, "capacity", None) or 0
+    return 0, 0
+
+
+def _reachable(roots: Sequence[object]) -> Iterator[object]:
+    seen: set[int] = set()
+    waiting = list(roots)
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor | np.ndarray):
+            yield item
+        elif id(item) not in seen and not isinstance(item, type):
+            seen.add(id(item))
+            yield item
+            if isinstance(item, dict):
+                waiting.extend(item.values())
+            elif isinstance(item, list | tuple | set):
+                waiting.extend(item)
+            else:
+                waiting.extend(getattr(item, "__dict__", {}).values())

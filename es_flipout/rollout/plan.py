@@ -1,0 +1,249 @@
+"""How much memory a run will take, before it runs; and how many slots fit into what there is.
+
+Everything a run stores grows in proportion to its members and to its slots. So the very objects of the run are made in three
+small sizes, what they really store is counted, and the rest is a straight line. Where a plan for a GPU is made without one,
+plain torch is counted: the kernels store signs in an eighth of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from es_flipout.config import TrainConfig
+from es_flipout.envs import BatchEnv, make_env
+from es_flipout.envs.make import NAMESPACE
+from es_flipout.envs.observed import ObservedBatchEnv
+from es_flipout.errors import UserError
+from es_flipout.rollout.builder import backend_of, make_agent, make_strategy, row_block_of, slots_for
+from es_flipout.rollout.device import DeviceRollout
+from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes
+from es_flipout.rollout.memory import stored_bytes
+
+_SMALL_MEMBERS, _SMALL_SLOTS = 64, 32  # fewer slots than members, so that slots are refilled
+_USED_OF_FREE = 0.9  # the rest is for fragments, libraries and whatever else runs
+_MOST_SLOTS = 1 << 16  # physics on a GPU gains nothing from more
+_FLOAT, _DOUBLE = 4, 8
+_OPTIMIZER_COPIES = {"adam": 2, "sgd": 1, "clipup": 1}
+_DRAW_BYTES = 72  # while it is drawn, a random number has a few 64-bit words
+_STEP_BYTES = 12  # of a layer's output and of an observation while a policy is computed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of a run.
+
+    Attributes:
+        env_id, device, physics: where it runs.
+        population_size, episodes: of a generation.
+        slots: environments stepped side by side.
+        row_block, blocks: rows of one policy computation, and how many make up a step of all slots.
+        parts: bytes by what they are for.
+        free: bytes that the device (or this machine) has left; None where that is not known.
+    """
+
+    env_id: str
+    device: str
+    physics: str
+    population_size: int
+    episodes: int
+    slots: int
+    row_block: int
+    blocks: int
+    parts: dict[str, int]
+    free: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes, all parts together."""
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, object]:
+        """As printed by ``es-flipout plan --json``."""
+        return {**dataclasses.asdict(self), "total": self.total}
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Predict the memory of a run whose device and physics are decided.
+
+    Raises:
+        UserError: it does not fit, whatever the number of slots.
+    """
+    model, compute = _Model(config), config.compute
+    slots = model.slots_that_fit() if compute.slots is None and compute.physics == "gpu" else slots_for(config)
+    row_block = row_block_of(config, model.module) or slots
+    return Plan(
+        env_id=config.task.env_id,
+        device=compute.device,
+        physics=compute.physics,
+        population_size=config.strategy.population_size,
+        episodes=config.task.episodes,
+        slots=slots,
+        row_block=row_block,
+        blocks=-(-slots // row_block),
+        parts=model.parts(slots, row_block),
+        free=free_bytes(compute.device),
+    )
+
+
+def slots_that_fit(config: TrainConfig) -> int:
+    """The most slots, up to one for each episode, for which the free memory of the device suffices.
+
+    Raises:
+        UserError: it does not suffice even for one.
+    """
+    return _Model(config).slots_that_fit()
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that is left on ``cpu`` or ``cuda``; None where that cannot be known."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+class _Line(NamedTuple):
+    """Bytes as a straight line over members and slots."""
+
+    fixed: float
+    per_member: float
+    per_slot: float
+
+    @classmethod
+    def through(cls, small: int, more_members: int, more_slots: int) -> _Line:
+        """Through the bytes of a small run, of one with twice the members and of one with twice the slots."""
+        per_member, per_slot = (more_members - small) / _SMALL_MEMBERS, (more_slots - small) / _SMALL_SLOTS
+        return cls(small - per_member * _SMALL_MEMBERS - per_slot * _SMALL_SLOTS, per_member, per_slot)
+
+    def at(self, members: int, slots: int) -> int:
+        """Bytes of a run."""
+        return max(round(self.fixed + self.per_member * members + self.per_slot * slots), 0)
+
+
+class _Model:
+    """The bytes of a run as a function of its slots.
+
+    Attributes:
+        module: the policy.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._on_gpu = config.compute.physics == "gpu"
+        # What is counted is the same everywhere; only environments may differ from one device to another.
+        has_gpu = torch.cuda.is_available()
+        self._device = torch.device("cuda" if self._on_gpu and has_gpu else "cpu")
+        sizes = [(_SMALL_MEMBERS, _SMALL_SLOTS), (2 * _SMALL_MEMBERS, _SMALL_SLOTS), (_SMALL_MEMBERS, 2 * _SMALL_SLOTS)]
+        counted = [self._counted(members, slots) for members, slots in sizes]
+        self._lines = {name: _Line.through(*(one[name] for one in counted)) for name in counted[0]}
+
+    def _counted(self, members: int, slots: int) -> dict[str, int]:
+        """What the objects of a small run store."""
+        kernels = self._config.compute.kernels if self._device.type == "cuda" else "torch"
+        config = self._config.replace(population_size=members, row_block=1, kernels=kernels)
+        env = self._env(slots)
+        try:
+            agent = make_agent(config, env)
+            self.module, self._obs_dim = agent.module, env.observation_space.shape[0]
+            population = make_strategy(config, agent.module, self._device).ask()
+            stored = stored_bytes(population)
+            chosen = torch.arange(slots, device=population.device)
+            found = {
+                "perturbations": stored,
+                "selection": stored_bytes(population, population.select(chosen)) - stored,
+                "environments": stored_bytes(env),
+            }
+            if self._on_gpu:
+                episodes = Episodes(torch.zeros(members, config.task.episodes, dtype=torch.int64))
+                kept = DeviceRollout(env, agent, population, episodes)  # pyright: ignore[reportArgumentType]
+                found["slots and queue"] = stored_bytes(*kept.stored())
+            return found
+        finally:
+            env.close()
+
+    def _env(self, slots: int) -> BatchEnv:
+        task = self._config.task
+        if self._on_gpu and backend_of(self._config) == "mujoco" and self._device.type == "cpu":
+            return _warp_env(self._config, slots)
+        kwargs = task.parsed_env_kwargs()
+        return make_env(task.env_id, slots, self._device, threads=1, observed=task.observed, **kwargs)
+
+    def parts(self, slots: int, row_block: int) -> dict[str, int]:
+        """Bytes by what they are for."""
+        config, members = self._config, self._config.strategy.population_size
+        at = {name: line.at(members, slots) for name, line in self._lines.items()}
+        jobs = members * config.task.episodes
+        moments = 2 * _DOUBLE * self._obs_dim * min(jobs, MOMENT_JOBS) if config.policy.observation_norm else 0
+        sums = 2 * _DOUBLE * self._obs_dim * slots if config.policy.observation_norm else 0
+        numbers = [parameter.numel() for parameter in self.module.parameters()]
+        parts = {
+            "mean, gradient and optimizer": (2 + _OPTIMIZER_COPIES[config.strategy.optimizer]) * _FLOAT * sum(numbers),
+            "perturbations": at["perturbations"],
+        }
+        if self._on_gpu:
+            parts["perturbations, copy that stays"] = at["perturbations"]
+        rows = -(-slots // row_block) * row_block
+        parts["selection"] = self._lines["selection"].at(members, rows)
+        if self._on_gpu:
+            parts["slots and queue"] = at["slots and queue"] + sums + moments
+        else:
+            parts["slots and queue"] = 4 * _DOUBLE * (slots + jobs) + sums + moments
+        parts["environments"] = at["environments"]
+        parts["working memory"] = self._working(slots)
+        return parts
+
+    def _working(self, slots: int) -> int:
+        """The most that is needed for a while: to draw the largest parameter's noise, or to compute a step's policies."""
+        strategy = self._config.strategy
+        sources = strategy.population_size // (2 if strategy.antithetic else 1)
+        dense = strategy.perturbation == "dense"
+        drawn = max(p.numel() if dense or p.ndim == 1 else 0 for p in self.module.parameters()) * sources
+        widths = self._obs_dim + sum(p.shape[0] for p in self.module.parameters() if p.ndim > 1)
+        return max(_DRAW_BYTES * drawn, _STEP_BYTES * widths * slots)
+
+    def slots_that_fit(self) -> int:
+        """See :func:`slots_that_fit`."""
+        population_size, task = self._config.strategy.population_size, self._config.task
+        jobs = min(population_size * task.episodes, _MOST_SLOTS)
+        free = free_bytes(self._config.compute.device)
+        if free is None:
+            return jobs
+        room = _USED_OF_FREE * free
+
+        def total(slots: int) -> int:
+            return sum(self.parts(slots, slots).values())
+
+        if total(1) > room:
+            raise UserError(
+                f"{task.env_id} with {population_size} members needs {total(1) / 2**30:.1f} GiB even "
+                f"with one environment at a time, and {free / 2**30:.1f} GiB are free; use a smaller population-size"
+            )
+        fits, too_many = 1, jobs + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if total(middle) <= room:
+                fits = middle
+            else:
+                too_many = middle
+        return fits
+
+
+def _warp_env(config: TrainConfig, slots: int) -> BatchEnv:
+    """MuJoCo for the GPU on the CPU, to count what it stores where there is no GPU."""
+    try:
+        from es_flipout.envs.mujoco_gpu import make_warp_env
+    except ImportError as error:
+        needed = "pip install 'es-flipout[gpu]'"
+        raise UserError(f"{config.task.env_id} on the GPU needs mujoco-warp: {needed} ({error})") from None
+    task = config.task
+    env = make_warp_env(task.env_id.removeprefix(NAMESPACE), slots, "cpu", **task.parsed_env_kwargs())
+    return env if task.observed is None else ObservedBatchEnv(env, task.observed)

@@ -1,0 +1,73 @@
+"""Who plays the episodes of a generation: :class:`Player`, and the one that plays them in environments of this process."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from es_flipout.envs import BatchEnv
+from es_flipout.policies.agent import Agent
+from es_flipout.rollout.episodes import Episodes, Rollout, ShouldStop
+from es_flipout.rollout.host import run
+from es_flipout.strategy.population import Population
+from es_flipout.strategy.unperturbed import Unperturbed
+
+
+class Player(ABC):
+    """Plays episodes of populations, wherever the environments are.
+
+    Attributes:
+        agent: its normalization and action map stand around the members' networks.
+        max_episode_steps: of one environment, as in :class:`es_flipout.envs.BatchEnv`.
+        warnings: what the user should know of this arrangement.
+    """
+
+    agent: Agent
+    max_episode_steps: int | None
+    warnings: Sequence[str] = ()
+
+    @abstractmethod
+    def play(
+        self, population: Population | Unperturbed, episodes: Episodes, should_stop: ShouldStop | None = None
+    ) -> Rollout:
+        """Play episodes; the result does not depend on who plays.
+
+        Args:
+            population: the members.
+            episodes: of each of them.
+            should_stop: asked again and again; true ends it with :class:`es_flipout.rollout.episodes.RolloutInterrupted`.
+
+        Raises:
+            ValueError: the request is not one for this population.
+            EnvironmentFailureError: the environment's own code raised.
+        """
+
+    def close(self) -> None:  # noqa: B027 (not every player holds something)
+        """Release environments, processes and connections."""
+
+
+class LocalPlayer(Player):
+    """Plays in environments of this process.
+
+    Attributes:
+        envs: one batch of environments, or two that are double-buffered.
+    """
+
+    def __init__(self, agent: Agent, envs: Sequence[BatchEnv]) -> None:
+        self.agent = agent
+        self.envs = tuple(envs)
+        self.max_episode_steps = self.envs[0].max_episode_steps
+
+    def play(
+        self, population: Population | Unperturbed, episodes: Episodes, should_stop: ShouldStop | None = None
+    ) -> Rollout:
+        """See :meth:`Player.play`."""
+        norm, action_map = self.agent.norm, self.agent.action_map
+        return run(
+            population, self.envs, episodes, observation_norm=norm, action_map=action_map, should_stop=should_stop
+        )
+
+    def close(self) -> None:
+        """See :meth:`Player.close`."""
+        for env in self.envs:
+            env.close()

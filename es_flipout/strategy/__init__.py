@@ -1,0 +1,1 @@
+"""The evolution strategy: populations, fitness shaping, gradient estimation and optimizers behind ask and tell."""

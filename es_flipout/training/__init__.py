@@ -1,0 +1,1 @@
+"""Training: the loop, its run directory, metrics and scores."""

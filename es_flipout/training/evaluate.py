@@ -1,0 +1,120 @@
+"""The score that counts: the mean policy, deterministic, in the real single Gymnasium environment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.wrappers import FlattenObservation
+from torch import Tensor
+
+from es_flipout.config import TrainConfig
+from es_flipout.envs.base import EnvironmentFailureError
+from es_flipout.envs.make import NAMESPACE
+from es_flipout.envs.observed import SelectObservation
+from es_flipout.policies.agent import Agent
+from es_flipout.runinfo import versions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Undiscounted returns over ``episodes`` episodes, whose seeds are ``first_seed``, ``first_seed + 1``, ..."""
+
+    env_id: str
+    env_kwargs: dict[str, Any]
+    episodes: int
+    mean_return: float
+    std_return: float
+    median_return: float
+    min_return: float
+    max_return: float
+    mean_length: float
+    first_seed: int
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written to ``evaluation.json``; what is not finite, which JSON does not know, becomes None."""
+        values = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def make_real_env(env_id: str, kwargs: dict[str, Any], observed: tuple[int, ...] | None = None) -> gymnasium.Env:
+    """One environment of Gymnasium itself, never one of ours; observations flattened to one dimension where they are not.
+
+    Args:
+        env_id: a Gymnasium id.
+        kwargs: of ``gymnasium.make``.
+        observed: entries of the observation to show; by default all.
+    """
+    env = gymnasium.make(env_id.removeprefix(NAMESPACE), **kwargs)
+    space = env.observation_space
+    flat = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
+    env = env if flat else FlattenObservation(env)
+    return env if observed is None else SelectObservation(env, observed)
+
+
+def _in_space(action: Tensor, space: gymnasium.Space) -> int | np.ndarray:
+    """An action of our environments, where ``Discrete`` starts at 0 and ``Box`` is flat, as one of Gymnasium's."""
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return int(action) + int(space.start)
+    assert space.shape is not None
+    return action.numpy().reshape(space.shape)
+
+
+def evaluate(
+    agent: Agent,
+    config: TrainConfig,
+    episodes: int,
+    first_seed: int = 1_000_000,
+    on_episode: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Play ``episodes`` episodes, one after the other.
+
+    Args:
+        agent: the policy.
+        config: names the environment and its keyword arguments.
+        episodes: how many.
+        first_seed: of the start states; the default is far from what training draws early on.
+        on_episode: called with the number of episodes played so far.
+
+    Raises:
+        EnvironmentFailureError: the environment's own code raised.
+    """
+    task = config.task
+    kwargs = task.parsed_env_kwargs()
+    env = make_real_env(task.env_id, kwargs, task.observed)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    try:
+        for episode in range(episodes):
+            obs, _ = env.reset(seed=first_seed + episode)
+            state, ended = agent.initial_state(1), False
+            while not ended:
+                action, state = agent.act(torch.as_tensor(np.asarray(obs))[None], state)
+                obs, reward, terminated, truncated, _ = env.step(_in_space(action[0], env.action_space))
+                returns[episode] += float(reward)
+                lengths[episode] += 1
+                ended = terminated or truncated
+            if on_episode is not None:
+                on_episode(episode + 1)
+    except Exception as error:
+        raise EnvironmentFailureError(f"{task.env_id} failed: {type(error).__name__}: {error}") from error
+    finally:
+        env.close()
+    return Evaluation(
+        env_id=task.env_id,
+        env_kwargs=kwargs,
+        episodes=episodes,
+        mean_return=float(returns.mean()),
+        std_return=float(returns.std()),
+        median_return=float(np.median(returns)),
+        min_return=float(returns.min()),
+        max_return=float(returns.max()),
+        mean_length=float(lengths.mean()),
+        first_seed=first_seed,
+        versions=versions(),
+    )

@@ -1,0 +1,189 @@
+"""Metrics of a run: ``metrics.csv``, TensorBoard events, and what the terminal shows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import threading
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from es_flipout.training.checkpoint import atomic_write
+
+_LINE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One generation; a row of ``metrics.csv``."""
+
+    generation: int
+    """Generations done."""
+    env_steps: int
+    """Live environment steps of training so far (scoring not counted)."""
+    env_steps_per_s: float
+    """Live environment steps of this generation by the seconds it took, update and bookkeeping included."""
+    wall_s: float
+    """Seconds of training and scoring so far."""
+    mean_return: float
+    """Mean return over the members (the environment's own reward)."""
+    best_return: float
+    """Return of the best member."""
+    score: float | None
+    """Mean return of the mean policy, where it was scored after this generation."""
+    mean_length: float
+    """Mean steps of an episode."""
+    sigma: float
+    """Perturbation standard deviation."""
+    learning_rate: float
+    """Step size."""
+    diverged: int
+    """Episodes that ended because the state was no longer finite."""
+    nan_returns: int
+    """Members whose return is NaN (ranked worst)."""
+
+
+COLUMNS = tuple(field.name for field in fields(Metrics))
+
+
+class MetricsLog:
+    """Appends every generation to ``metrics.csv`` and to TensorBoard events in the run directory."""
+
+    def __init__(self, run_dir: Path, generation: int) -> None:
+        """Open the logs; rows after ``generation`` (of a run that was cut off after its last checkpoint) are dropped."""
+        self._path = run_dir / "metrics.csv"
+        rows = [",".join(COLUMNS)]
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[1:]
+            rows += [line.removesuffix("\n") for line in lines if _before(line, generation)]
+        atomic_write(self._path, "\n".join(rows) + "\n")
+        self._file = self._path.open("a", encoding="utf-8", newline="")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=generation + 1)
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._in_thread
+
+    def write(self, metrics: Metrics) -> None:
+        """Append one generation."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow("" if v is None else v for v in asdict(metrics).values())
+        self._file.write(text.getvalue())
+        self._file.flush()
+        for name, value in asdict(metrics).items():
+            if name != "generation" and value is not None:
+                self._board.add_scalar(name, value, metrics.generation)
+
+    def close(self) -> None:
+        """Flush and close."""
+        try:
+            self._file.close()
+            self._board.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread. What it meets on a full disk this thread meets too, and reports it.
+        if not issubclass(failed.exc_type, OSError):
+            self._excepthook(failed)
+
+
+def _before(line: str, generation: int) -> bool:
+    first, complete = line.split(",")[0], line.endswith("\n") and line.count(",") == len(COLUMNS) - 1
+    return complete and first.isdigit() and int(first) <= generation
+
+
+class Reporter(Protocol):
+    """Shows a run to a person."""
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+        ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Stop showing."""
+        ...
+
+    def show(self, metrics: Metrics, progress: float) -> None:
+        """A generation is done; ``progress`` of the run in [0, 1]."""
+        ...
+
+    def say(self, message: str) -> None:
+        """One line that must be seen."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End."""
+
+    def show(self, metrics: Metrics, progress: float) -> None:
+        """Nothing."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+
+class TerminalReporter:
+    """A live progress bar on a terminal; elsewhere (a file, a pipe) one line every ten seconds."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._score: float | None = None
+        self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:3.0f}%  {task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=1.0, status="starting")
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Leave the last state of the bar on the screen."""
+        self._bar.stop()
+
+    def show(self, metrics: Metrics, progress: float) -> None:
+        """Refresh the bar, or write a line where there is no terminal and the last one is ten seconds old."""
+        if metrics.score is not None:
+            self._score = metrics.score
+        score = "-" if self._score is None else f"{self._score:,.1f}"
+        status = (
+            f"gen {metrics.generation}  mean {metrics.mean_return:,.1f}  best {metrics.best_return:,.1f}  "
+            f"score {score}  {_short(metrics.env_steps)} steps  {_short(metrics.env_steps_per_s)}/s"
+        )
+        self._bar.update(self._task, completed=progress, status=status)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line > _LINE_EVERY_S or progress >= 1):
+            self._last_line = now
+            self._console.print(f"{progress:4.0%}  {status}", highlight=False, soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """One line above the bar."""
+        self._console.print(message, highlight=False, soft_wrap=True)
+
+
+def _short(count: float) -> str:
+    """A number in three or four characters: 950, 85.2k, 1.25M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,228 @@
+"""The training loop: ask, play, tell, and what has to be written down in between."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from es_flipout.config import TrainConfig
+from es_flipout.envs import EnvironmentFailureError
+from es_flipout.errors import UserError
+from es_flipout.policies.agent import Agent
+from es_flipout.policies.observation_norm import ObservationNorm
+from es_flipout.randomness import Address, Stream, integers
+from es_flipout.rollout.builder import Parts
+from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes, Rollout, RolloutInterrupted, start_seeds
+from es_flipout.strategy.unperturbed import Unperturbed
+from es_flipout.training import run_directory
+from es_flipout.training.checkpoint import Progress, save_checkpoint
+from es_flipout.training.metrics import Metrics, MetricsLog, Reporter, Silent
+from es_flipout.training.signals import stop_on_signals
+
+_SCORE_GENERATION = 2**32 - 1  # an address that training never reaches
+
+
+class StageSeconds(NamedTuple):
+    """Seconds of the stages of one generation."""
+
+    ask: float
+    play: float
+    tell: float
+
+
+class Trainer:
+    """One training run; :func:`es_flipout.training.setup.make_trainer` makes one from a configuration alone.
+
+    Attributes:
+        config: what is trained and how.
+        agent, strategy, player: the parts of the run.
+        run_dir: where everything is written; None writes nothing.
+        progress: how far the run has come.
+        interrupted: whether the run was asked to stop before its end.
+        seconds: of the last generation.
+    """
+
+    def __init__(
+        self, config: TrainConfig, parts: Parts, run_dir: Path | None = None, reporter: Reporter | None = None
+    ) -> None:
+        """Take over the parts; nothing is written yet."""
+        self.config = config
+        self.agent, self.strategy, self.player = parts
+        self.run_dir = run_dir
+        self.reporter = reporter if reporter is not None else Silent()
+        self.progress = Progress(generation=0, env_steps=0, wall_s=0.0, score=None)
+        self.interrupted = False
+        self.seconds = StageSeconds(0.0, 0.0, 0.0)
+        score_members = torch.arange(config.logging.score_episodes)
+        address = Address(config.schedule.seed, _SCORE_GENERATION)
+        self._score_episodes = Episodes(integers(address, Stream.START_STATE, score_members))
+        self._warned_nan = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its end."""
+        return self._fraction() >= 1.0
+
+    def train(self) -> None:
+        """Train to the end of the run or until interrupted; then everything is on disk."""
+        log = None if self.run_dir is None else MetricsLog(self.run_dir, self.progress.generation)
+        with stop_on_signals(self.interrupt), self.reporter:
+            try:
+                while not (self.finished or self.interrupted):
+                    started = time.perf_counter()
+                    try:
+                        rollout = self.generation()
+                    except (EnvironmentFailureError, UserError):
+                        self.save()
+                        raise
+                    metrics = self._account(rollout, time.perf_counter() - started, started)
+                    if log is not None:
+                        log.write(metrics)
+                    if self.finished or metrics.generation % self.config.logging.checkpoint_every == 0:
+                        self.save()
+                    self.reporter.show(metrics, self._fraction())
+            except RolloutInterrupted:
+                pass
+            finally:
+                if log is not None:
+                    log.close()
+            if self.interrupted:
+                self.save()
+
+    def generation(self) -> Rollout:
+        """One generation: ask, play, tell."""
+        began = time.perf_counter()
+        strategy, fraction = self.strategy, self._fraction()
+        strategy.sigma = self.config.strategy.sigma_at(fraction)
+        strategy.learning_rate = self.config.strategy.learning_rate_at(fraction)
+        population = strategy.ask()
+        task = self.config.task
+        episodes = Episodes(
+            start_seeds(population, task.episodes, common=task.start_states == "generation"),
+            step_cap=task.episode_cap_at(fraction, self.player.max_episode_steps),
+            remove_alive_bonus=task.remove_alive_bonus,
+            moment_jobs=MOMENT_JOBS if isinstance(self.agent.norm, ObservationNorm) else 0,
+        )
+        asked = time.perf_counter()
+        rollout = self.player.play(population, episodes, lambda: self.interrupted)
+        played = time.perf_counter()
+        strategy.tell(rollout.fitness)
+        if isinstance(self.agent.norm, ObservationNorm):
+            self.agent.norm.update(rollout.moments)
+        self.seconds = StageSeconds(asked - began, played - asked, time.perf_counter() - played)
+        return rollout
+
+    def score(self) -> float:
+        """Mean return of the mean policy over the scoring episodes, whose start states are the same every time."""
+        mean = self.strategy.mean_module()
+        population = Unperturbed(mean, len(self._score_episodes.seeds), self.strategy.forward.row_block)
+        return float(self.player.play(population, self._score_episodes).returns.mean())
+
+    def trained_agent(self) -> Agent:
+        """The mean policy as an agent on the CPU."""
+        self.agent.module.load_state_dict(self.strategy.mean_module().state_dict())
+        return self.agent
+
+    def interrupt(self) -> None:
+        """Ask the run to stop as soon as it can; what a generation under way has played is dropped."""
+        self.interrupted = True
+
+    def close(self) -> None:
+        """Release environments, processes and connections."""
+        self.player.close()
+
+    def create(self) -> None:
+        """Make the run directory, with a first checkpoint.
+
+        Raises:
+            UserError: the directory exists and is not empty.
+        """
+        if self.run_dir is not None:
+            run_directory.create(self.run_dir, self.config)
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint and the policy."""
+        if self.run_dir is not None:
+            keep = self.config.logging.keep_checkpoints
+            save_checkpoint(self.run_dir / "checkpoints", self.tensors(), self.progress, keep)
+            run_directory.save_policy(self.run_dir, self.trained_agent())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the run's state, flat, by name."""
+        state = self.strategy.state_dict()
+        tensors = {f"module.{name}": value for name, value in state["module"].items()}
+        for index, slot in state["optimizer"]["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in slot.items() if value is not None}
+        if isinstance(self.agent.norm, ObservationNorm):
+            tensors |= {f"observation_norm.{name}": value for name, value in self.agent.norm.state_dict().items()}
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor], progress: Progress) -> None:
+        """Continue from the tensors and the progress of a checkpoint.
+
+        Raises:
+            UserError: the tensors do not fit the configuration.
+        """
+        state = self.strategy.state_dict()
+        optimizer: dict[int, dict[str, Tensor]] = {}
+        module: dict[str, Tensor] = {}
+        norm: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                index, _, key = rest.partition(".")
+                optimizer.setdefault(int(index), {})[key] = value
+            else:
+                (module if kind == "module" else norm)[rest] = value
+        state["generation"] = progress.generation
+        state["module"] = module
+        state["optimizer"] = {**state["optimizer"], "state": optimizer}
+        try:
+            self.strategy.load_state_dict(state)
+            if isinstance(self.agent.norm, ObservationNorm):
+                self.agent.norm.load_state_dict(norm)
+        except (RuntimeError, KeyError, ValueError) as error:
+            message = " ".join(str(error).split())
+            raise UserError(f"the checkpoint in {self.run_dir} does not fit its configuration: {message}") from None
+        self.progress = progress
+
+    def _account(self, rollout: Rollout, seconds: float, started: float) -> Metrics:
+        """Count a generation, and score the mean policy when it is time."""
+        before = self.progress
+        generation, env_steps = before.generation + 1, before.env_steps + rollout.env_steps
+        self.progress = Progress(generation, env_steps, before.wall_s + seconds, before.score)
+        score = None
+        if generation % self.config.logging.score_every == 0 or self.finished:
+            score = self.score()
+        wall_s = before.wall_s + time.perf_counter() - started
+        self.progress = Progress(generation, env_steps, wall_s, before.score if score is None else score)
+        if rollout.nan_returns and not self._warned_nan:
+            self._warned_nan = True
+            self.reporter.say(
+                f"warning: {rollout.nan_returns} of {len(rollout.returns)} members had a NaN return in generation "
+                f"{generation}; they rank worst, and the column nan_returns of metrics.csv counts them"
+            )
+        returns = rollout.returns[~rollout.returns.isnan()]
+        return Metrics(
+            generation=generation,
+            env_steps=env_steps,
+            env_steps_per_s=rollout.env_steps / seconds,
+            wall_s=wall_s,
+            mean_return=float(returns.mean()) if len(returns) else math.nan,
+            best_return=float(returns.max()) if len(returns) else math.nan,
+            score=score,
+            mean_length=float(rollout.lengths.to(torch.float64).mean()),
+            sigma=self.strategy.sigma,
+            learning_rate=self.strategy.learning_rate,
+            diverged=rollout.diverged,
+            nan_returns=rollout.nan_returns,
+        )
+
+    def _fraction(self) -> float:
+        return self.config.schedule.progress(self.progress.generation, self.progress.env_steps)

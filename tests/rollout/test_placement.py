@@ -1,0 +1,271 @@
+"""Where a run is computed: what was asked for, what is chosen, and that neither changes what it computes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from populations import build_on_device
+from torch import Tensor
+
+from es_flipout.cli import main
+from es_flipout.config import TrainConfig
+from es_flipout.envs import UnsupportedEnvironmentError
+from es_flipout.errors import UserError
+from es_flipout.rollout import placement
+from es_flipout.rollout.builder import make_lanes
+from es_flipout.rollout.episodes import Episodes
+from es_flipout.rollout.placement import Placement, faster, measured, missing_cuda, place
+from es_flipout.rollout.players import LocalPlayer
+from es_flipout.training.run_directory import read_config
+from es_flipout.training.setup import make_trainer, resume_trainer
+from es_flipout.training.trainer import Trainer
+
+CPU, MIXED, GPU = Placement("cpu", "cpu"), Placement("cuda", "cpu"), Placement("cuda", "gpu")
+CONFIG = TrainConfig.of("CartPole-v1", population_size=16, generations=4, hidden=(8,), score_every=2)
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[Placement, float]) -> list[Placement]:
+    """As if there were a GPU, on which measurements give ``rates``."""
+    asked = []
+
+    def measure(config: TrainConfig) -> float:
+        asked.append(Placement(config.compute.device, config.compute.physics))
+        return rates[asked[-1]]
+
+    monkeypatch.setattr(placement, "missing_cuda", lambda: None)
+    monkeypatch.setattr(placement, "measured", measure)
+    monkeypatch.setattr(placement, "slots_that_fit", lambda config: 7)
+    return asked
+
+
+def test_without_a_gpu_it_is_the_cpu_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "missing_cuda", lambda: "there is none")
+    monkeypatch.setattr(placement, "measured", lambda config: pytest.fail("measured"))
+    said: list[str] = []
+    found = place(CONFIG, said.append)
+    assert (found.compute.device, found.compute.physics, found.compute.slots, said) == ("cpu", "cpu", None, [])
+    for asked, message in (
+        ({"device": "cuda"}, "device cuda was asked for, but there is none; use --device cpu"),
+        ({"physics": "gpu"}, "physics gpu was asked for, but there is none; use --physics cpu"),
+    ):
+        with pytest.raises(UserError, match=message):
+            place(CONFIG.replace(**asked))
+    with pytest.raises(UserError, match="physics gpu"):
+        place(CONFIG.replace(device="cpu", physics="gpu"))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "asked", "options"),
+    [
+        ("Humanoid-v5", {}, [CPU, MIXED, GPU]),
+        ("CartPole-v1", {}, [CPU, GPU]),
+        ("MountainCarContinuous-v0", {"physics": "cpu"}, [CPU, MIXED]),
+        ("Taxi-v3", {}, [CPU, MIXED]),
+        ("Humanoid-v5", {"physics": "cpu"}, [CPU, MIXED]),
+        ("Humanoid-v5", {"physics": "gpu"}, []),
+        ("Humanoid-v5", {"device": "cuda"}, []),
+        ("Humanoid-v5", {"device": "cpu"}, []),
+        ("Humanoid-v5", {"backend": "ray"}, []),
+    ],
+)
+def test_what_is_measured(
+    env_id: str, asked: dict[str, Any], options: list[Placement], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = with_gpu(monkeypatch, {CPU: 1.0, MIXED: 2.0, GPU: 3.0})
+    place(CONFIG.replace(env_id=env_id, **asked))
+    assert seen == options
+
+
+@pytest.mark.parametrize(
+    ("env_id", "asked", "chosen", "slots"),
+    [
+        ("Humanoid-v5", {"device": "cuda"}, GPU, 7),
+        ("Humanoid-v5", {"device": "cuda", "slots": 5}, GPU, 5),
+        ("Humanoid-v5", {"device": "cuda", "physics": "cpu"}, MIXED, None),
+        ("Taxi-v3", {"device": "cuda"}, MIXED, None),
+        ("CartPole-v1", {"physics": "gpu"}, GPU, 7),
+        ("CartPole-v1", {}, GPU, 7),
+        ("Taxi-v3", {}, MIXED, None),
+        ("CartPole-v1", {"device": "cpu"}, CPU, None),
+    ],
+)
+def test_what_is_chosen(
+    env_id: str, asked: dict[str, Any], chosen: Placement, slots: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu(monkeypatch, {CPU: 1.0, MIXED: 2.0, GPU: 3.0})
+    found = place(CONFIG.replace(env_id=env_id, **asked))
+    assert (found.compute.device, found.compute.physics, found.compute.slots) == (*chosen, slots)
+    # a resumed run has this configuration: nothing is measured again, and nothing changes
+    monkeypatch.setattr(placement, "measured", lambda config: pytest.fail("measured"))
+    assert place(found) == found
+
+
+def test_the_choice_is_told_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpu(monkeypatch, {CPU: 1234.4, GPU: 98765.0})
+    said: list[str] = []
+    place(CONFIG, said.append)
+    assert said == ["device: GPU (environment steps per second measured: CPU 1,234, GPU 98,765)"]
+
+
+def test_what_does_not_work_is_left_out() -> None:
+    def measure(option: Placement) -> float:
+        if option == GPU:
+            raise UnsupportedEnvironmentError("the driver is\ntoo old")
+        return {CPU: 2.0, MIXED: 1.0}[option]
+
+    said: list[str] = []
+    assert faster([CPU, MIXED, GPU], measure, said.append) == CPU
+    assert said[0] == "not possible on the GPU: the driver is too old"
+
+    def broken(option: Placement) -> float:
+        raise UserError("broken")
+
+    with pytest.raises(UserError, match="no device can be used: CPU: broken; GPU: broken"):
+        faster([CPU, GPU], broken, said.append)
+
+
+def test_no_physics_for_the_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpu(monkeypatch, {})
+    with pytest.raises(UserError, match="Taxi-v3 has no physics for the GPU; use --physics cpu"):
+        place(CONFIG.replace(env_id="Taxi-v3", physics="gpu"))
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Pendulum-v1"])
+def test_a_measurement_plays_as_the_run_would(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    caps, clock = [], [0.0]
+    config = CONFIG.replace(
+        env_id=env_id, device="cpu", physics="cpu", threads=1, population_size=64, slots=9, episodes=3
+    )
+    play = LocalPlayer.play
+
+    def listening(self: LocalPlayer, population: Any, episodes: Episodes, *args: Any) -> Any:
+        caps.append((*episodes.seeds.shape, episodes.step_cap))
+        rollout = play(self, population, episodes, *args)
+        clock[0] += 0.01 * rollout.env_steps
+        return rollout
+
+    monkeypatch.setattr(LocalPlayer, "play", listening)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert measured(config, seconds=2.56) == pytest.approx(100.0)
+    # 8 members, 16 steps of each: 128 steps at 100 a second; twice as many fill the time
+    assert caps == [(8, 1, 1), (8, 1, 16), (8, 1, 32)]
+
+
+def test_the_mixed_placement_has_two_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("es_flipout.rollout.builder.usable_cores", lambda: 2)
+    for env_id in ("Hopper-v5", "MountainCar-v0", "Blackjack-v1"):
+        for device, lanes in (("cpu", 1), ("cuda", 1 if env_id == "MountainCar-v0" else 2)):
+            envs = make_lanes(CONFIG.replace(env_id=env_id, device=device), 5)
+            assert [env.num_envs for env in envs] == ([3, 2] if lanes == 2 else [5])
+            for env in envs:
+                env.close()
+
+
+def test_two_halves_of_any_gymnasium_environment_give_the_same_bits() -> None:
+    config = CONFIG.replace(env_id="Blackjack-v1", device="cpu", slots=7, row_block=8)
+    trainers = [make_trainer(config.replace(overlap=overlap)) for overlap in (False, True)]
+    one, two = (trainer.generation() for trainer in trainers)
+    assert torch.equal(one.episode_returns, two.episode_returns)
+    assert torch.equal(one.lengths, two.lengths)
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    return trainer.tensors()
+
+
+@pytest.mark.parametrize("changes", [{}, {"episodes": 2, "slots": 5}, {"policy": "recurrent", "observed": (0, 2)}])
+def test_a_run_on_a_device_is_the_same_run(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG.replace(row_block=8, **changes)
+    here = make_trainer(config)
+    here.train()
+    there = make_trainer(config, build=build_on_device)
+    there.train()
+    expected, found = state_of(here), state_of(there)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert dataclasses.replace(there.progress, wall_s=0.0) == dataclasses.replace(here.progress, wall_s=0.0)
+
+
+def test_a_run_on_a_device_resumes_to_the_bit(tmp_path: Path) -> None:
+    config = CONFIG.replace(slots=5, checkpoint_every=1, sigma_final=0.01)
+    whole = make_trainer(config, build=build_on_device)
+    whole.train()
+    first = make_trainer(config, tmp_path / "run", build=build_on_device)
+    first.create()
+    assert (read_config(tmp_path / "run").compute.device, read_config(tmp_path / "run").compute.physics) == (
+        "cpu",
+        "cpu",
+    )
+    generation = first.generation
+
+    def twice() -> Any:
+        if first.progress.generation == 1:
+            first.interrupted = True
+        return generation()
+
+    first.generation = twice
+    first.train()
+    assert not first.finished
+    resumed = resume_trainer(tmp_path / "run", build=build_on_device)
+    resumed.train()
+    expected, found = state_of(whole), state_of(resumed)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_config_says_what_was_chosen(tmp_path: Path) -> None:
+    assert (
+        main(
+            [
+                "train",
+                "CartPole-v1",
+                "--generations",
+                "1",
+                "--run-dir",
+                str(tmp_path / "r"),
+                "--evaluation-episodes",
+                "1",
+            ]
+        )
+        == 0
+    )
+    config = read_config(tmp_path / "r")
+    assert config.compute.device in ("cpu", "cuda")
+    assert config.compute.physics in ("cpu", "gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "CartPole-v1", "--generations", "1", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert "device cuda was asked for, but torch sees no CUDA GPU here" in error
+    assert error.count("\n") == 1
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    def unavailable() -> bool:
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update",
+            stacklevel=1,
+        )
+        return False
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    assert missing_cuda() == (
+        "torch sees no CUDA GPU here (CUDA initialization: The NVIDIA driver on your system is too old (found version 11040))"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Blackjack-v1", "Hopper-v5"])
+def test_the_gpu_is_measured_and_trains(env_id: str, tmp_path: Path) -> None:
+    config = CONFIG.replace(env_id=env_id, episode_cap=20, episode_cap_until=1.0)
+    trainer = make_trainer(config)
+    trainer.train()
+    assert trainer.finished
+    mixed = make_trainer(config.replace(device="cuda", physics="cpu"))
+    mixed.train()
+    assert mixed.finished

@@ -1,0 +1,125 @@
+"""A plan against what is really stored."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from populations import build_on_device
+from toy_envs import lanes_of
+
+from es_flipout.cli import main
+from es_flipout.config import TrainConfig
+from es_flipout.errors import UserError
+from es_flipout.rollout import plan as plan_module
+from es_flipout.rollout.memory import stored_bytes
+from es_flipout.rollout.placement import planned
+from es_flipout.rollout.plan import make_plan, slots_that_fit
+from es_flipout.training.setup import make_trainer
+
+CONFIG = TrainConfig.of("CartPole-v1", population_size=2048, generations=1, hidden=(32, 16), row_block=512)
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"perturbation": "low_rank", "rank": 2},
+    {"perturbation": "dense", "population_size": 512, "slots": 256, "row_block": 256},
+    {"base": "gaussian", "bases": 8, "env_id": "Acrobot-v1", "hidden": (64, 64), "optimizer": "clipup"},
+    {"policy": "recurrent", "hidden": (16,), "cell": "lstm", "observed": (0, 2)},
+    {"episodes": 3, "antithetic": False, "observation_norm": False, "population_size": 1001},
+]
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_predicts_what_a_run_on_a_device_stores(changes: dict[str, Any]) -> None:
+    settings = {"slots": 512} | changes
+    config = CONFIG.replace(episode_cap=3, episode_cap_until=1.0, score_every=10**6, **settings)
+    on_cpu = config.replace(device="cpu", physics="cpu")
+    trainer = make_trainer(on_cpu, build=build_on_device)
+    trainer.generation()
+    population = trainer.strategy.ask()
+    stored = stored_bytes(trainer.strategy, population, trainer.player)
+    planned_run = make_plan(config.replace(device="cuda", physics="gpu"))
+    predicted = planned_run.total - planned_run.parts["working memory"]
+    assert stored > 2e5
+    assert predicted == pytest.approx(stored, rel=0.1)
+    assert planned_run.parts["perturbations"] == pytest.approx(stored_bytes(population), rel=0.02)
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "HalfCheetah-v5"])
+def test_predicts_what_a_run_on_the_cpu_stores(env_id: str) -> None:
+    config = CONFIG.replace(env_id=env_id, device="cpu", physics="cpu", slots=300, threads=1, row_block=128)
+    predicted = make_plan(config)
+    trainer = make_trainer(config)
+    population = trainer.strategy.ask()
+    selection = population.select(torch.arange(300))
+    assert predicted.blocks == 3
+    assert predicted.parts["perturbations"] == pytest.approx(stored_bytes(population), rel=0.02)
+    rows = stored_bytes(population, selection) - stored_bytes(population)
+    assert predicted.parts["selection"] == pytest.approx(rows, rel=0.02)
+    assert predicted.parts["environments"] == pytest.approx(stored_bytes(*lanes_of(trainer)), rel=0.1)
+    trainer.player.close()
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(plan_module, "free_bytes", lambda device: free)
+
+
+def test_slots_are_the_most_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG.replace(device="cuda", physics="gpu", population_size=16384, row_block=None)
+    with_free(monkeypatch, 10**12)
+    assert slots_that_fit(config) == make_plan(config).slots == 16384
+    room = make_plan(config.replace(slots=1000)).total / 0.9
+    with_free(monkeypatch, round(room))
+    slots = slots_that_fit(config)
+    assert 990 <= slots <= 1000
+    assert make_plan(config.replace(slots=slots)).total <= 0.9 * room
+
+
+def test_a_card_too_small_for_one_slot_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_free(monkeypatch, 10**6)
+    with pytest.raises(UserError, match=r"needs .* GiB even with one environment at a time.*smaller population-size"):
+        slots_that_fit(CONFIG.replace(device="cuda", physics="gpu"))
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "CartPole-v1", "--population-size", "256", "--device", "cuda"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "256 members" in shown
+    assert "perturbations, copy that stays" in shown
+    assert "total" in shown
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total"] == sum(found["parts"].values())
+    assert (found["slots"], found["physics"]) == (256, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "which environment?"),
+        (["CartPole-v1", "--populaton-size", "2"], "did you mean --population-size?"),
+        (["CartPole-v1", "--device", "cpu", "--physics", "gpu"], "physics gpu needs device cuda"),
+        (["Taxi-v3", "--device", "cuda", "--physics", "gpu"], "no physics for the GPU"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("perturbation", ["flipout", "low_rank"])
+def test_predicts_what_the_gpu_allocates(perturbation: Any) -> None:
+    config = CONFIG.replace(
+        population_size=65536, hidden=(256, 256), perturbation=perturbation, device="cuda", row_block=None
+    )
+    predicted = make_plan(planned(config))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trainer = make_trainer(config.replace(episode_cap=5, episode_cap_until=1.0, score_every=10**6))
+    trainer.generation()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert predicted.total == pytest.approx(peak, rel=0.1)

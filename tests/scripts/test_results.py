@@ -1,0 +1,56 @@
+"""Every table in results/ is what its script renders from the files beside it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/table.md"))
+SCRIPTS = {
+    "compare": "speed.compare",
+    "families": "learning.families",
+    "learning": "learning.presets",
+    "memory": "learning.memory",
+    "paper_bayes_by_backprop": "paper.bayes_by_backprop",
+    "paper_es": "paper.es",
+    "paper_language_models": "paper.language_models",
+    "paper_update_time": "paper.update_time",
+    "paper_variance": "paper.variance",
+    "peers": "speed.peers",
+    "scaling": "speed.scaling",
+    "speed": "speed.rollout_and_forward",
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_rendered_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if folder.name.startswith("paper_es"):
+        pytest.importorskip("sklearn")
+    out = tmp_path / folder.name
+    shutil.copytree(folder, out)
+    (out / "table.md").unlink()
+    script = importlib.import_module(f"scripts.{SCRIPTS[folder.name.split('_epyc')[0]]}")
+    monkeypatch.setattr(sys, "argv", ["script.py", "--out", str(out), "--render"])
+    script.main()
+    for path in (*folder.glob("*.md"), *folder.glob("*.csv"), *folder.glob("*.json")):
+        assert (out / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), path.name
+    assert (folder / "figure.png").exists() == (out / "figure.png").exists()
+
+
+def test_reproduce_makes_every_folder_with_its_script() -> None:
+    environment = {**os.environ, "PYTHON": "echo", "WHERE": "here"}
+    command = [str(ROOT / "scripts" / "reproduce.sh")]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    made = dict(re.findall(r"^scripts/(\S+)\.py --out results/(\w+)_here", shown, re.MULTILINE))
+    assert {folder: script.replace("/", ".") for script, folder in made.items()} == SCRIPTS
+    one = subprocess.run([*command, "memory"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert one.count("--out") == 1
+    assert subprocess.run([*command, "nothing"], env=environment, capture_output=True, check=False).returncode == 2

@@ -1,0 +1,548 @@
+"""The training loop: what it counts, what must not change it, and what it survives."""
+
+import csv
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from torch import Tensor
+from toy_envs import ToyEnv, lanes_of
+
+from es_flipout.config import TrainConfig
+from es_flipout.envs.base import EnvironmentFailureError, UnsupportedEnvironmentError
+from es_flipout.errors import UserError
+from es_flipout.policies.observation_norm import ObservationNorm
+from es_flipout.training.checkpoint import Progress, checkpoints, load_checkpoint, load_tensors
+from es_flipout.training.metrics import Silent
+from es_flipout.training.run_directory import load_agent
+from es_flipout.training.setup import make_trainer, resume_trainer
+from es_flipout.training.trainer import Trainer
+
+TIMES = ("env_steps_per_s", "wall_s")
+CARTPOLE = TrainConfig.of(
+    "CartPole-v1",
+    generations=4,
+    population_size=32,
+    hidden=(8,),
+    sigma=0.5,
+    learning_rate=0.2,
+    score_every=2,
+    score_episodes=4,
+)
+HOPPER = CARTPOLE.replace(env_id="Hopper-v5", sigma=0.1, learning_rate=0.05, hidden=(16,), output_gain=1.0, threads=1)
+MakeToys = Callable[..., list[ToyEnv]]
+
+
+class Heard(Silent):
+    """Keeps what a person would be told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+class Pays(ToyEnv):
+    """Each step pays 1."""
+
+    def _move(self, seed: int, t: int, state: Tensor, action: Tensor) -> tuple[Tensor, float]:
+        return super()._move(seed, t, state, action)[0], 1.0
+
+
+class PaysForAction(ToyEnv):
+    """Each step pays its action."""
+
+    def _move(self, seed: int, t: int, state: Tensor, action: Tensor) -> tuple[Tensor, float]:
+        return super()._move(seed, t, state, action)[0], float(action.sum())
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> MakeToys:
+    """Let the trainer make toys: the first is its probe, the last one is played in."""
+
+    def install(
+        length: Callable[[int], int] = lambda seed: seed % 5 + 2, kind: type[ToyEnv] = ToyEnv, **settings: Any
+    ) -> list[ToyEnv]:
+        made: list[ToyEnv] = []
+
+        def make_env(env_id: str, num_envs: int, **kwargs: Any) -> ToyEnv:
+            made.append(kind(num_envs, length, **settings))
+            return made[-1]
+
+        monkeypatch.setattr("es_flipout.rollout.builder.make_env", make_env)
+        return made
+
+    return install
+
+
+def toy_config(**settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {"generations": 3, "population_size": 6, "hidden": (4,), "score_episodes": 3}
+    return TrainConfig.of("Toy-v0", **(defaults | settings))
+
+
+def train(config: TrainConfig, run_dir: Path | None = None, reporter: Silent | None = None) -> Trainer:
+    trainer = make_trainer(config, run_dir, reporter)
+    trainer.create()
+    trainer.train()
+    return trainer
+
+
+def tensors(trainer: Trainer) -> dict[str, Tensor]:
+    return trainer.tensors()
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([p.flatten() for p in trainer.strategy.mean_module().parameters()]).detach()
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different
+
+
+def rows(run_dir: Path, without: tuple[str, ...] = TIMES) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [{name: value for name, value in row.items() if name not in without} for row in csv.DictReader(file)]
+
+
+# What is counted and written.
+
+
+def test_env_steps_are_exactly_the_live_ones(tmp_path: Path, toys: MakeToys, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = toys()
+    monkeypatch.setattr(Trainer, "score", lambda self: 0.5)
+    trainer = train(toy_config(episodes=3, slots=5), tmp_path)
+    played = len(made[-1].trace)
+    assert played == sum(int(mask.sum()) for mask in made[-1].masks)
+    assert played < sum(len(mask) for mask in made[-1].masks), "no slot was ever dead: the test shows nothing"
+    assert trainer.progress.env_steps == played
+    assert int(rows(tmp_path)[-1]["env_steps"]) == played
+
+
+def test_steps_of_scoring_are_not_counted(tmp_path: Path, toys: MakeToys) -> None:
+    made = toys()
+    trainer = train(toy_config(score_every=1), tmp_path)
+    scored = {int(seed) for seed in trainer._score_episodes.seeds.flatten()}
+    assert trainer.progress.env_steps == sum(step.seed not in scored for step in made[-1].trace)
+    assert sum(step.seed in scored for step in made[-1].trace) == 3 * sum(seed % 5 + 2 for seed in scored)
+
+
+def test_observation_statistics_are_those_of_the_live_steps_of_training(
+    toys: MakeToys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = toys(obs_dim=3)
+    monkeypatch.setattr(Trainer, "score", lambda self: 0.5)
+    trainer = train(toy_config(slots=4))
+    seen = torch.stack([step.obs for step in made[-1].trace])
+    norm = trainer.agent.norm
+    assert isinstance(norm, ObservationNorm)
+    assert float(norm.count) == len(seen) == trainer.progress.env_steps
+    torch.testing.assert_close(norm.mean, seen.mean(0))
+    torch.testing.assert_close(norm.deviations / norm.count, seen.var(0, correction=0))
+
+
+def test_rows_say_what_was_played(tmp_path: Path, toys: MakeToys, monkeypatch: pytest.MonkeyPatch) -> None:
+    toys()
+    rollouts = []
+    generation = Trainer.generation
+    monkeypatch.setattr(Trainer, "generation", lambda self: rollouts.append(generation(self)) or rollouts[-1])
+    train(toy_config(), tmp_path)
+    written = rows(tmp_path)
+    assert [row["generation"] for row in written] == ["1", "2", "3"]
+    steps = 0
+    for row, rollout in zip(written, rollouts, strict=True):
+        steps += rollout.env_steps
+        assert int(row["env_steps"]) == steps
+        assert float(row["mean_return"]) == float(rollout.returns.mean())
+        assert float(row["best_return"]) == float(rollout.returns.max())
+        assert float(row["mean_length"]) == pytest.approx(float(rollout.lengths.double().mean()))
+    assert [row["score"] != "" for row in written] == [False, False, True], "the last generation is always scored"
+
+
+def test_the_speed_is_steps_by_seconds(tmp_path: Path) -> None:
+    train(CARTPOLE.replace(score_every=100), tmp_path)
+    written = rows(tmp_path, without=())
+    seconds = [float(row["wall_s"]) for row in written]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    steps = [int(row["env_steps"]) for row in written]
+    for before, after, row in zip([0, *seconds], seconds, written, strict=False):
+        index = written.index(row)
+        played = steps[index] - (steps[index - 1] if index else 0)
+        assert float(row["env_steps_per_s"]) >= 0.99 * played / (after - before)
+
+
+def test_the_run_ends_with_the_generation_that_reaches_env_steps(toys: MakeToys) -> None:
+    toys(length=lambda seed: 4)
+    exactly = train(toy_config(generations=None, env_steps=48))
+    assert (exactly.progress.generation, exactly.progress.env_steps) == (2, 48)
+    assert exactly.finished
+    more = train(toy_config(generations=None, env_steps=49))
+    assert (more.progress.generation, more.progress.env_steps) == (3, 72)
+    assert train(toy_config(generations=1, env_steps=49)).progress.generation == 1
+
+
+def test_schedules_reach_the_strategy(tmp_path: Path, toys: MakeToys) -> None:
+    toys()
+    config = toy_config(generations=4, sigma=0.5, sigma_final=0.1, learning_rate=0.4, learning_rate_final=0.0)
+    train(config, tmp_path)
+    written = rows(tmp_path)
+    assert [float(row["sigma"]) for row in written] == [config.strategy.sigma_at(k / 4) for k in range(4)]
+    assert [float(row["learning_rate"]) for row in written] == [
+        config.strategy.learning_rate_at(k / 4) for k in range(4)
+    ]
+
+
+def test_a_run_directory_holds_what_it_must(tmp_path: Path) -> None:
+    run_dir = tmp_path / "new" / "run"
+    trainer = train(CARTPOLE.replace(checkpoint_every=3, keep_checkpoints=2), run_dir)
+    assert {path.name for path in run_dir.iterdir()} == {
+        "config.json",
+        "environment.json",
+        "metrics.csv",
+        "tensorboard",
+        "checkpoints",
+        "policy.safetensors",
+    }
+    assert TrainConfig.from_json((run_dir / "config.json").read_text(encoding="utf-8")) == trainer.config
+    assert [path.stem for path in checkpoints(run_dir / "checkpoints")] == ["generation_000003", "generation_000004"]
+    saved, progress = load_checkpoint(run_dir / "checkpoints")
+    assert_same(saved, tensors(trainer))
+    assert progress == trainer.progress
+    agent, config = load_agent(run_dir)
+    assert config == trainer.config
+    assert_same(agent.state_dict(), trainer.trained_agent().state_dict())
+    assert_same(load_tensors(run_dir / "policy.safetensors"), agent.state_dict())
+
+
+def test_a_checkpoint_is_there_from_the_start(tmp_path: Path) -> None:
+    trainer = make_trainer(CARTPOLE, tmp_path)
+    trainer.create()
+    saved, progress = load_checkpoint(tmp_path / "checkpoints")
+    assert progress == Progress(generation=0, env_steps=0, wall_s=0.0, score=None)
+    assert_same(saved, tensors(trainer))
+
+
+@pytest.mark.parametrize("taken", ["file in it", "file"])
+def test_a_run_directory_that_exists_is_left_alone(tmp_path: Path, taken: str) -> None:
+    run_dir = tmp_path / "run"
+    if taken == "file":
+        run_dir.write_text("precious", encoding="utf-8")
+    else:
+        run_dir.mkdir()
+        (run_dir / "thesis.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{run_dir} exists"):
+        make_trainer(CARTPOLE, run_dir).create()
+    kept = run_dir if taken == "file" else run_dir / "thesis.txt"
+    assert kept.read_text(encoding="utf-8") == "precious"
+    assert [path.name for path in tmp_path.rglob("*")] == (["run"] if taken == "file" else ["run", "thesis.txt"])
+
+
+# What must not change a run.
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path) -> None:
+    first, again = train(CARTPOLE, tmp_path / "first"), train(CARTPOLE, tmp_path / "again")
+    assert_same(tensors(first), tensors(again))
+    assert rows(tmp_path / "first") == rows(tmp_path / "again")
+    other = train(CARTPOLE.replace(seed=1), tmp_path / "other")
+    assert not torch.equal(weights(first), weights(other))
+
+
+@pytest.mark.parametrize("config", [CARTPOLE, HOPPER], ids=lambda config: config.task.env_id)
+def test_scoring_does_not_change_training(config: TrainConfig) -> None:
+    often = train(config.replace(score_every=1, score_episodes=7))
+    seldom = train(config.replace(score_every=1000, score_episodes=1))
+    assert_same(tensors(often), tensors(seldom))
+    assert often.progress.env_steps == seldom.progress.env_steps
+
+
+@pytest.mark.parametrize("config", [CARTPOLE, HOPPER], ids=lambda config: config.task.env_id)
+def test_slots_do_not_change_a_run(tmp_path: Path, config: TrainConfig) -> None:
+    config = config.replace(generations=3, row_block=16)
+    runs = {slots: train(config.replace(slots=slots), tmp_path / str(slots)) for slots in (6, 8, 32)}
+    assert sum(env.num_envs for env in lanes_of(runs[6])) == 6
+    for slots in (6, 8):
+        assert_same(tensors(runs[slots]), tensors(runs[32]))
+        assert rows(tmp_path / str(slots), (*TIMES, "score")) == rows(tmp_path / "32", (*TIMES, "score"))
+
+
+@pytest.mark.parametrize("config", [CARTPOLE, HOPPER], ids=lambda config: config.task.env_id)
+def test_slots_do_not_change_the_score(config: TrainConfig) -> None:
+    scores = {}
+    for slots in (1, 6, 32):
+        trainer = make_trainer(config.replace(slots=slots, row_block=16, score_episodes=16))
+        scores[slots] = trainer.score()
+    assert len(set(scores.values())) == 1, scores
+
+
+def test_threads_and_overlap_do_not_change_a_run(tmp_path: Path) -> None:
+    config = HOPPER.replace(row_block=16, overlap=True)
+    plain = train(config.replace(overlap=False), tmp_path / "plain")
+    overlapped = train(config, tmp_path / "overlapped")
+    threads = train(config.replace(threads=2), tmp_path / "threads")
+    assert [len(lanes_of(trainer)) for trainer in (plain, overlapped, threads)] == [1, 2, 2]
+    for trainer, name in ((overlapped, "overlapped"), (threads, "threads")):
+        assert_same(tensors(trainer), tensors(plain))
+        assert rows(tmp_path / name) == rows(tmp_path / "plain")
+
+
+# What moves the mean, and what must not.
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "clipup"])
+def test_equal_returns_leave_the_parameters_alone(toys: MakeToys, optimizer: Any) -> None:
+    toys(kind=Pays, length=lambda seed: 3)
+    config = toy_config(optimizer=optimizer, observation_norm=False)
+    start = weights(make_trainer(config))
+    assert torch.equal(weights(train(config)), start)
+    toys(kind=PaysForAction, length=lambda seed: 3)
+    assert not torch.equal(weights(train(config)), start)
+
+
+def test_higher_returns_attract(toys: MakeToys) -> None:
+    toys(kind=PaysForAction, length=lambda seed: 3)
+    config = toy_config(generations=20, population_size=16, sigma=0.1, learning_rate=0.1, observation_norm=False)
+    start = make_trainer(config).score()
+    assert train(config).score() > start + 1
+
+
+def test_the_alive_bonus_is_not_trained_on(tmp_path: Path, toys: MakeToys) -> None:
+    toys(kind=Pays, alive_bonus=1.0)
+    config = toy_config(antithetic=False)
+    start = weights(make_trainer(config))
+    removed = train(config, tmp_path / "removed")
+    kept = train(config.replace(remove_alive_bonus=False), tmp_path / "kept")
+    assert torch.equal(weights(removed), start), "without the bonus all returns are 0"
+    assert not torch.equal(weights(kept), start)
+    assert float(rows(tmp_path / "removed")[0]["mean_return"]) >= 2, "reported returns keep the bonus"
+    assert rows(tmp_path / "removed")[0] == rows(tmp_path / "kept")[0]
+
+
+def test_partners_share_start_states(toys: MakeToys) -> None:
+    made = toys(length=lambda seed: 2)
+    trainer = make_trainer(toy_config(episodes=2, start_states="pair"))
+    generations = []
+    for _ in range(2):
+        made[-1].reset_seeds.clear()
+        trainer.generation()
+        generations.append(torch.tensor(made[-1].reset_seeds).view(6, 2))
+    for seeds in generations:
+        pair_of = trainer.strategy.ask().members.source_of(torch.arange(6))
+        for pair in pair_of.unique():
+            first, second = seeds[pair_of == pair]
+            assert torch.equal(first, second)
+        assert len(seeds.unique()) == 6, "three pairs of two episodes each"
+    assert not set(generations[0].flatten().tolist()) & set(generations[1].flatten().tolist())
+
+
+def test_a_generation_can_share_start_states(toys: MakeToys) -> None:
+    made = toys(length=lambda seed: 2)
+    trainer = make_trainer(toy_config(episodes=2, start_states="generation"))
+    trainer.generation()
+    seeds = torch.tensor(made[-1].reset_seeds).view(6, 2)
+    assert torch.equal(seeds, seeds[:1].expand(6, 2))
+    assert seeds[0, 0] != seeds[0, 1]
+    made[-1].reset_seeds.clear()
+    trainer.generation()
+    assert made[-1].reset_seeds[0] not in seeds
+
+
+def test_start_states_of_scoring_stay(toys: MakeToys) -> None:
+    made = toys(length=lambda seed: 2)
+    trainer = make_trainer(toy_config())
+    trainer.score()
+    first = made[-1].reset_seeds.copy()
+    assert len(set(first)) == 3
+    trainer.generation()
+    made[-1].reset_seeds.clear()
+    trainer.score()
+    assert made[-1].reset_seeds == first
+
+
+def test_the_episode_cap_grows_and_never_touches_the_score(tmp_path: Path) -> None:
+    # A car that always pushes the same way never leaves the valley, so an episode is as long as it may be.
+    config = TrainConfig.of(
+        "MountainCar-v0",
+        generations=6,
+        population_size=2,
+        sigma=1e-9,
+        learning_rate=1e-9,
+        hidden=(2,),
+        observation_norm=False,
+        episode_cap=10,
+        episode_cap_until=0.6,
+        score_every=1,
+        score_episodes=1,
+    )
+    train(config, tmp_path)
+    expected = [config.task.episode_cap_at(k / 6, 200) or 200 for k in range(6)]
+    assert expected == [10, 63, 116, 168, 200, 200]
+    written = rows(tmp_path)
+    assert [float(row["mean_length"]) for row in written] == expected
+    assert [float(row["mean_return"]) for row in written] == [-length for length in expected]
+    assert [int(row["env_steps"]) for row in written] == [2 * sum(expected[: k + 1]) for k in range(6)]
+    assert {float(row["score"]) for row in written} == {-200.0}
+
+
+# What it survives.
+
+
+class Odd(gymnasium.Env):
+    """Pays NaN to every episode whose start is above ``nan_above``; breaks in its ``fail_at``-th step of all."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+    steps = 0
+
+    def __init__(self, nan_above: float = 2.0, fail_at: int | None = None) -> None:
+        self.nan_above, self.fail_at = nan_above, fail_at
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t, self.start = 0, self.np_random.uniform(-1, 1)
+        return np.array([self.start], np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        Odd.steps += 1
+        if Odd.steps == self.fail_at:
+            raise RuntimeError("the gearbox fell off")
+        reward = math.nan if self.start > self.nan_above else float(action[0])
+        return np.array([self.start], np.float32), reward, self.t == 3, False, {}
+
+
+def make_odd(**kwargs: Any) -> Odd:
+    return Odd(**kwargs)
+
+
+@pytest.fixture
+def odd() -> Iterator[TrainConfig]:
+    gymnasium.register("Odd-v0", make_odd)
+    Odd.steps = 0
+    yield TrainConfig.of(
+        "Odd-v0",
+        generations=5,
+        population_size=8,
+        hidden=(4,),
+        sigma=0.1,
+        antithetic=False,
+        score_every=100,
+        score_episodes=2,
+        checkpoint_every=2,
+    )
+    gymnasium.registry.pop("Odd-v0")
+
+
+def test_nan_returns_are_counted_and_warned_of_once(tmp_path: Path, odd: TrainConfig) -> None:
+    reporter = Heard()
+    config = odd.replace(env_kwargs='{"nan_above": 0.0}')
+    trainer = train(config, tmp_path, reporter)
+    written = rows(tmp_path)
+    assert len(written) == 5
+    counts = [int(row["nan_returns"]) for row in written]
+    assert sum(count > 0 for count in counts) >= 2, "too few generations with NaN to show anything"
+    assert all(count < 8 for count in counts)
+    assert all(math.isfinite(float(row[name])) for row in written for name in ("mean_return", "best_return"))
+    (warning,) = reporter.said
+    first = next(k for k, count in enumerate(counts) if count)
+    assert f"{counts[first]} of 8 members" in warning
+    assert f"generation {first + 1}" in warning
+    assert bool(weights(trainer).isfinite().all())
+    assert not torch.equal(weights(trainer), weights(make_trainer(config)))
+
+
+def test_nan_returns_everywhere_change_nothing(tmp_path: Path, odd: TrainConfig) -> None:
+    config = odd.replace(env_kwargs='{"nan_above": -2.0}')
+    trainer = train(config, tmp_path)
+    assert [row["nan_returns"] for row in rows(tmp_path)] == ["8"] * 5
+    assert [row["mean_return"] for row in rows(tmp_path)] == ["nan"] * 5
+    assert torch.equal(weights(trainer), weights(make_trainer(config)))
+
+
+@pytest.mark.parametrize("generation", [1, 2, 4])
+def test_an_environment_that_raises_keeps_the_generations_before(
+    tmp_path: Path, odd: TrainConfig, generation: int
+) -> None:
+    whole = train(odd, tmp_path / "whole")
+    per_generation = odd.strategy.population_size * 3
+    Odd.steps = 0
+    fail_at = (generation - 1) * per_generation + 10
+    broken = odd.replace(env_kwargs=f'{{"fail_at": {fail_at}}}')
+    with pytest.raises(EnvironmentFailureError, match=r"Odd-v0.*the gearbox fell off"):
+        train(broken, tmp_path / "broken")
+    _, progress = load_checkpoint(tmp_path / "broken" / "checkpoints")
+    assert progress.generation == generation - 1
+    # The environment recovers, and the run goes on as if nothing had happened.
+    resumed = resume_trainer(tmp_path / "broken")
+    resumed.train()
+    assert_same(tensors(resumed), tensors(whole))
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+
+
+def test_an_environment_that_raises_while_it_is_scored_loses_no_row(tmp_path: Path, odd: TrainConfig) -> None:
+    odd = odd.replace(score_every=2)
+    whole = train(odd, tmp_path / "whole")
+    Odd.steps = 0
+    fail_at = 2 * odd.strategy.population_size * 3 + 1
+    with pytest.raises(EnvironmentFailureError, match="the gearbox fell off"):
+        train(odd.replace(env_kwargs=f'{{"fail_at": {fail_at}}}'), tmp_path / "broken")
+    resumed = resume_trainer(tmp_path / "broken")
+    resumed.train()
+    assert_same(tensors(resumed), tensors(whole))
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+
+
+# What is refused.
+
+
+def test_an_unknown_environment_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedEnvironmentError, match=r"HalfChetah-v5.*did you mean HalfCheetah-v5"):
+        train(CARTPOLE.replace(env_id="HalfChetah-v5"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_needs_an_end() -> None:
+    with pytest.raises(UserError, match="set --generations or --env-steps"):
+        make_trainer(CARTPOLE.replace(generations=None))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no CUDA GPU.*--device cpu"):
+        make_trainer(CARTPOLE.replace(device="cuda"))
+
+
+def test_the_action_space_must_be_one_that_a_policy_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Odd, "action_space", gymnasium.spaces.MultiDiscrete([2, 2]))
+    gymnasium.register("OddActions-v0", make_odd)
+    try:
+        with pytest.raises(UnsupportedEnvironmentError, match=r"OddActions-v0.*MultiDiscrete"):
+            make_trainer(CARTPOLE.replace(env_id="OddActions-v0"))
+    finally:
+        gymnasium.registry.pop("OddActions-v0")
+
+
+def test_discrete_actions_may_start_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def step(self: Odd, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        taken.append(int(action))
+        return np.array([self.start], np.float32), 0.0, True, False, {}
+
+    monkeypatch.setattr(Odd, "action_space", Discrete(2, start=7))
+    monkeypatch.setattr(Odd, "step", step)
+    gymnasium.register("OddStart-v0", make_odd)
+    try:
+        train(CARTPOLE.replace(env_id="OddStart-v0", sigma=1.0))
+    finally:
+        gymnasium.registry.pop("OddStart-v0")
+    assert set(taken) == {7, 8}
