@@ -1,4 +1,4 @@
-"""The contract of a batch of environments stepped side by side: :class:`BatchEnv`.
+"""The interface of a batch of environments that are stepped in parallel: :class:`BatchEnv`.
 
 Letters: ``S`` slots (environments), ``O`` observation size, ``A`` action size.
 """
@@ -13,34 +13,33 @@ from torch import Tensor
 
 
 class UnsupportedEnvironmentError(ValueError):
-    """The environment does not exist or cannot be run; the message is one line and names what would do."""
+    """The environment does not exist or cannot be run; the message is one line and names alternatives."""
 
 
 class EnvironmentFailureError(RuntimeError):
-    """The environment's own code raised; the message names the environment and repeats what it said."""
+    """The environment's own code raised an exception; the message names the environment and repeats the error."""
 
 
 class BatchEnv(ABC):
-    """``S`` copies of one environment, stepped side by side as torch tensors; no autoreset.
+    """``S`` copies of one environment, stepped in parallel as torch tensors; no autoreset.
 
-    A slot is either live or frozen. The caller says which with the ``live`` mask of :meth:`step`: a frozen slot keeps its
-    state, gives reward 0 and neither flag, and costs nothing where the backend can skip it (``"mujoco-warp"`` parks it
-    instead: it is lost until it is reset). :meth:`reset` starts new episodes in any chosen slots while the others stay
-    where they are, so a slot can take a new episode at once.
+    A slot is either live or frozen, according to the ``live`` mask of :meth:`step`. A frozen slot keeps its state,
+    returns reward 0 and no flags, and is free if the backend can skip it (``"mujoco-warp"`` parks it instead: its state
+    is lost, and it must be reset). :meth:`reset` starts new episodes in any selected slots and leaves the others
+    unchanged, so a slot can take a new episode immediately.
 
     Attributes:
-        env_id: the Gymnasium id, for instance ``"HalfCheetah-v5"``.
+        env_id: the Gymnasium id, such as ``"HalfCheetah-v5"``.
         kwargs: the keyword arguments of ``gymnasium.make`` that select the same environment variant.
         num_envs: ``S``.
-        observation_space: of one slot, as ``gymnasium.make(env_id, **kwargs)`` has it (flattened to one dimension);
-            ``"mujoco-warp"`` has it in float32.
-        action_space: of one slot: ``Box`` (continuous) or ``Discrete``.
-        max_episode_steps: the time limit; reaching it is truncation. ``None`` where the environment has none.
-        alive_bonus: the part of every step's reward that is paid for merely not having ended (0 where there is none).
-        device: where the tensors of :meth:`reset` and :meth:`step` live.
+        observation_space: space of one slot, that of ``gymnasium.make(env_id, **kwargs)`` (flattened to one dimension);
+            float32 with ``"mujoco-warp"``.
+        action_space: space of one slot: ``Box`` (continuous) or ``Discrete``.
+        max_episode_steps: the time limit, at which episodes are truncated; ``None`` if the environment has none.
+        alive_bonus: the part of the reward of every step that is given for being alive (0 if there is none).
+        device: device of the tensors of :meth:`reset` and :meth:`step`.
         backend: ``"torch"``, ``"mujoco"``, ``"mujoco-warp"`` or ``"gymnasium"``.
-        diverged: ``(S,)`` bool, the slots whose last step gave a state that is not finite (such a step terminates,
-            with reward 0).
+        diverged: ``(S,)`` bool, slots whose last step gave a non-finite state (such a step terminates with reward 0).
     """
 
     env_id: str
@@ -56,15 +55,16 @@ class BatchEnv(ABC):
 
     @property
     def observation_shape(self) -> tuple[int, ...]:
-        """The shape of one slot's observation before it was flattened to ``(O,)``, for instance of an image."""
+        """Shape of one slot's observation before it was flattened to ``(O,)``, for example of an image."""
         return self.observation_space.shape
 
     @abstractmethod
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Start a new episode in the slots chosen by ``mask``; the other slots are untouched.
+        """Start a new episode in the slots selected by ``mask``; the other slots are unchanged.
 
         Args:
-            seeds: ``(S,)`` int64. Slot ``i`` starts exactly as ``gymnasium.make(env_id, **kwargs).reset(seed=seeds[i])``.
+            seeds: ``(S,)`` int64. Slot ``i`` starts exactly like ``gymnasium.make(env_id, **kwargs)`` after
+                ``reset(seed=seeds[i])``.
             mask: ``(S,)`` bool, ``None`` for all slots. Seeds outside the mask are ignored.
 
         Returns:
@@ -73,19 +73,20 @@ class BatchEnv(ABC):
 
     @abstractmethod
     def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One control step of the live slots.
+        """Run one control step of the live slots.
 
         Args:
-            action: ``(S, A)`` floating point for ``Box``, ``(S,)`` int64 for ``Discrete``; rows of frozen slots are ignored.
+            action: ``(S, A)`` floating point for ``Box``, ``(S,)`` int64 for ``Discrete``; rows of frozen slots are
+                ignored.
             live: ``(S,)`` bool, ``None`` for all slots.
 
         Returns:
-            ``(observation, reward, terminated, truncated)``: ``(S, O)``, ``(S,)`` float64, ``(S,)`` bool, ``(S,)`` bool.
-            The reward of the step that terminates is included. A slot at its time limit is truncated.
+            ``(observation, reward, terminated, truncated)``: ``(S, O)``, ``(S,)`` float64, and twice ``(S,)`` bool.
+            The reward of the terminating step is included. A slot at its time limit is truncated.
 
         Raises:
-            EnvironmentFailureError: the environment's own code raised.
+            EnvironmentFailureError: the environment's own code raised an exception.
         """
 
-    def close(self) -> None:  # noqa: B027 (most environments hold nothing)
-        """Release what the environments hold (processes, threads, windows)."""
+    def close(self) -> None:  # noqa: B027 (most environments hold no resources)
+        """Release the resources of the environments (processes, threads, windows)."""

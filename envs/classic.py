@@ -1,4 +1,4 @@
-"""Gymnasium's classic control problems in torch, with Gymnasium's order of operations and rounding."""
+"""Gymnasium's classic control tasks in torch, with Gymnasium's order of operations and rounding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _round32(value: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class CartPole(TorchTask):
-    """Keep a pole upright on a cart that is pushed left or right. State: position, velocity, angle, angular velocity."""
+    """Keep a pole upright on a cart pushed left or right. State: position, velocity, angle, angular velocity."""
 
     position_limit: ClassVar[float] = 2.4
     angle_limit: ClassVar[float] = 12 * 2 * math.pi / 360
@@ -69,7 +69,7 @@ class CartPole(TorchTask):
 
 @dataclass(frozen=True, kw_only=True)
 class Pendulum(TorchTask):
-    """Swing a pendulum up and hold it there. State: angle, angular velocity. Never ends."""
+    """Swing a pendulum up and hold it there. State: angle, angular velocity. Never terminates."""
 
     max_speed: ClassVar[float] = 8.0
     max_torque: ClassVar[float] = 2.0
@@ -86,7 +86,7 @@ class Pendulum(TorchTask):
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         dt = 0.05
         theta, speed = state.unbind()
-        torque = action[:, 0].clamp(-self.max_torque, self.max_torque)  # Gymnasium keeps its terms in float32
+        torque = action[:, 0].clamp(-self.max_torque, self.max_torque)  # Gymnasium computes its terms in float32
         angle = (theta + math.pi) % (2 * math.pi) - math.pi
         cost = angle.square() + 0.1 * speed.square() + 0.001 * torque.square()
         speed = speed + (3 * self.g / 2 * theta.sin() + 3.0 * torque) * dt
@@ -103,8 +103,8 @@ class Pendulum(TorchTask):
 class Acrobot(TorchTask):
     """Swing the tip of two hanging links above a line by a torque between them.
 
-    State: two angles, their velocities, then cosine and sine of each angle as observed. Those are part of the state
-    because Gymnasium computes them in float32 when an episode starts and in float64 from then on.
+    State: two angles, their velocities, then cosine and sine of each angle as observed. The latter are part of the
+    state because Gymnasium computes them in float32 at the start of an episode and in float64 afterwards.
     """
 
     max_speeds: ClassVar[tuple[float, float]] = (4 * math.pi, 9 * math.pi)
@@ -136,7 +136,7 @@ class Acrobot(TorchTask):
         return torch.stack((theta1, theta2, speed1, speed2, *shown)), reward, terminated
 
     def _derivative(self, state: Tensor, torque: Tensor) -> Tensor:
-        """Time derivative of the state, ``(4, S)``; masses, lengths and moments of inertia are 1, centers at 1/2."""
+        """Return the time derivative of the state, ``(4, S)``; masses, lengths and inertias are 1, centers 1/2."""
         center, g = 0.5, 9.8
         theta1, theta2, speed1, speed2 = state.unbind()
         cosine, sine = theta2.cos(), theta2.sin()
@@ -160,7 +160,7 @@ class Acrobot(TorchTask):
 
 
 def _wrap(angle: Tensor) -> Tensor:
-    """Bring an angle into [-pi, pi] by whole turns; two are the most that a step of Acrobot can add."""
+    """Wrap an angle to [-pi, pi] by whole turns; a step of Acrobot adds at most two."""
     for _ in range(2):
         angle = torch.where(angle > math.pi, angle - 2 * math.pi, angle)
         angle = torch.where(angle < -math.pi, angle + 2 * math.pi, angle)
@@ -198,10 +198,10 @@ class MountainCar(TorchTask):
 
 @dataclass(frozen=True, kw_only=True)
 class MountainCarContinuous(TorchTask):
-    """Drive a weak car out of a valley with a continuous force. State: position, velocity, and 1 from the first step on.
+    """Drive a weak car out of a valley with a continuous force. State: position, velocity, and 1 after the first step.
 
-    Gymnasium keeps the state in float64 up to the first step of an episode and in float32 from then on, and NumPy then
-    does the arithmetic in float32 too. The third variable tells which it is.
+    Gymnasium keeps the state in float64 until the first step of an episode and in float32 afterwards, and NumPy then
+    computes in float32, too. The third variable tells which applies.
     """
 
     low: ClassVar[tuple[float, float]] = MountainCar.low
@@ -224,7 +224,7 @@ class MountainCarContinuous(TorchTask):
 
         push = action[:, 0].double()
         gravity = 0.0025 * rounded(3 * position).cos()
-        # a force within bounds is a float32 array element; one that was clipped is a Python float, in double
+        # a force within bounds is a float32 array element; a clipped one is a Python float, in double precision
         within = _float32(_float32(push * _round32(0.0015)) - _float32(gravity))
         clipped = push.clamp(-1.0, 1.0) * 0.0015 - gravity
         acceleration = torch.where(push.abs() > 1.0, rounded(clipped), within)

@@ -19,27 +19,27 @@ from es_flipout.envs.base import BatchEnv, EnvironmentFailureError, UnsupportedE
 class Freezable(gymnasium.Wrapper):
     """Lets a vector environment skip this environment: the action becomes ``(live, action)``.
 
-    A vector environment steps every sub-environment, and in the mode used here resets one without a seed in the step
-    after it ended. Both are answered with the last observation, without touching the environment.
+    A vector environment steps every sub-environment, and in the mode used here it resets a finished one without a seed
+    in the next step. In both cases, this wrapper returns the last observation and does not call the environment.
     """
 
     def __init__(self, env: gymnasium.Env, observation_shape: tuple[int, ...] | None) -> None:
-        """Wrap ``env``, whose observations had ``observation_shape`` before they were flattened (None: not an array)."""
+        """Wrap ``env``; ``observation_shape`` is that before flattening (None if observations were no arrays)."""
         super().__init__(env)
         self.observation_shape = observation_shape
         self.action_space = gymnasium.spaces.Tuple((Discrete(2), env.action_space))
         space = env.observation_space
-        # What a slot shows that has not begun yet.
+        # The observation of a slot before its first episode.
         self._last: Any = np.zeros(space.shape, space.dtype) if isinstance(space, Box) else None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset where there is a seed; the vector environment's own reset has none and does nothing."""
+        """Reset if there is a seed; the vector environment's own resets have none and do nothing."""
         if seed is not None:
             self._last, _ = self.env.reset(seed=seed, options=options)
         return self._last, {}
 
     def step(self, action: tuple[int, Any]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Step if ``action[0]`` says that the slot is live."""
+        """Step if the slot is live according to ``action[0]``."""
         if not action[0]:
             return self._last, 0.0, False, False, {}
         self._last, reward, terminated, truncated, _ = self.env.step(action[1])
@@ -49,25 +49,25 @@ class Freezable(gymnasium.Wrapper):
 class GymnasiumBatchEnv(BatchEnv):
     """A Gymnasium environment on the CPU, one Python object per slot.
 
-    Observations that are not a one-dimensional ``Box`` and actions that are a ``Box`` of any shape are flattened; a
-    ``Discrete`` action space is shown as starting at 0. An observation that is not finite ends its slot: reward 0, and
-    the slot keeps showing its last finite observation.
+    Observations that are not a one-dimensional ``Box``, and ``Box`` actions of any shape, are flattened; ``Discrete``
+    actions start at 0. A non-finite observation terminates the slot with reward 0, and the slot keeps returning its
+    last finite observation.
     """
 
     def __init__(self, env_id: str, num_envs: int, kwargs: Mapping[str, Any], vectorization_mode: str = "sync") -> None:
-        """Make the environments.
+        """Create the environments.
 
         Args:
             env_id: a registered Gymnasium id.
             num_envs: ``S``.
             kwargs: the keyword arguments of ``gymnasium.make``.
-            vectorization_mode: ``"sync"`` (one after the other) or ``"async"`` (a process each).
+            vectorization_mode: ``"sync"`` (sequential) or ``"async"`` (one process per environment).
 
         Raises:
-            UnsupportedEnvironmentError: it cannot be made, or has spaces that cannot be used.
+            UnsupportedEnvironmentError: the environment cannot be created, or its spaces are not supported.
         """
         if vectorization_mode not in ("sync", "async"):
-            raise UnsupportedEnvironmentError(f"vectorization_mode is 'sync' or 'async', not {vectorization_mode!r}")
+            raise UnsupportedEnvironmentError(f"vectorization_mode must be sync or async, got {vectorization_mode!r}")
         try:
             self._envs = gymnasium.make_vec(
                 env_id,
@@ -81,7 +81,7 @@ class GymnasiumBatchEnv(BatchEnv):
         except gymnasium.error.DependencyNotInstalled as error:
             raise UnsupportedEnvironmentError(f"{env_id} needs a package that is missing: {_line(error)}") from error
         except Exception as error:
-            raise UnsupportedEnvironmentError(f"{env_id} cannot be made: {_line(error)}") from error
+            raise UnsupportedEnvironmentError(f"{env_id} cannot be created: {_line(error)}") from error
         self.env_id = env_id
         self.kwargs = dict(kwargs)
         self.num_envs = num_envs
@@ -100,7 +100,7 @@ class GymnasiumBatchEnv(BatchEnv):
         self._observation_shape = before[0] or self.observation_space.shape
         self.action_space = _shown_action_space(self._inner_action_space)
         self._observation = np.zeros((num_envs, *self.observation_space.shape), self.observation_space.dtype)
-        self._envs.reset()  # touches no environment; a masked reset needs a full one before it
+        self._envs.reset()  # calls no environment; a masked reset requires a full one before it
 
     @property
     def observation_shape(self) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class GymnasiumBatchEnv(BatchEnv):
         self._envs.close()
 
     def _inner_actions(self, action: Tensor, mask: NDArray[np.bool_]) -> NDArray[Any]:
-        """The actions as the environment takes them; those of frozen slots are replaced by one that is valid."""
+        """Convert actions to those of the environment; actions of frozen slots are replaced by a valid one."""
         space = self._inner_action_space
         if isinstance(space, Discrete):
             return np.where(mask, action.numpy(), 0) + space.start
@@ -149,7 +149,7 @@ class GymnasiumBatchEnv(BatchEnv):
         return actions.reshape(self.num_envs, *space.shape)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the vector environment; an exception becomes one that names the environment."""
+        """Call a method of the vector environment; exceptions are re-raised with the name of the environment."""
         try:
             return getattr(self._envs, method)(*args, **kwargs)
         except Exception as error:
@@ -157,7 +157,7 @@ class GymnasiumBatchEnv(BatchEnv):
 
 
 def _prepare(env: gymnasium.Env) -> Freezable:
-    """Make observations one-dimensional arrays, and the environment one that can be frozen."""
+    """Wrap an environment to flatten its observations and to make it freezable."""
     space = env.observation_space
     if not isinstance(space, Box) or len(space.shape) != 1:
         env = gymnasium.wrappers.FlattenObservation(env)
@@ -166,16 +166,16 @@ def _prepare(env: gymnasium.Env) -> Freezable:
 
 def _flat_box(env_id: str, space: gymnasium.Space) -> Box:
     if not isinstance(space, Box) or len(space.shape) != 1:
-        raise UnsupportedEnvironmentError(f"{env_id}: observations of {space} have no fixed flat form")
+        raise UnsupportedEnvironmentError(f"{env_id}: observations of {space} cannot be flattened to a fixed size")
     return space
 
 
 def _supported_action_space(env_id: str, space: gymnasium.Space) -> Box | Discrete:
-    """The environment's action space, taken out of what :class:`Freezable` made of it."""
+    """Return the environment's action space, extracted from that of :class:`Freezable`."""
     inner = space[1] if isinstance(space, gymnasium.spaces.Tuple) else space
     if isinstance(inner, Discrete) or (isinstance(inner, Box) and np.issubdtype(inner.dtype, np.floating)):
         return inner
-    raise UnsupportedEnvironmentError(f"{env_id}: actions must be Discrete or a floating point Box, not {inner}")
+    raise UnsupportedEnvironmentError(f"{env_id}: actions must be Discrete or a floating-point Box, not {inner}")
 
 
 def _shown_action_space(space: Box | Discrete) -> Box | Discrete:
@@ -190,5 +190,5 @@ def _time_limit(env_id: str, kwargs: Mapping[str, Any]) -> int | None:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an exception's message."""
+    """Return the first line of an exception's message."""
     return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Choose the backend of an environment id: :func:`make_env`."""
+"""Creation of environments by id, with the choice of a backend: :func:`make_env`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMESPACE = "es_flipout/"
 
 
 def native_env_ids() -> dict[str, str]:
-    """The ids with an implementation of our own, each with its backend (``"torch"`` or ``"mujoco"``)."""
+    """Return the ids with a native implementation, each with its backend (``"torch"`` or ``"mujoco"``)."""
     return {**dict.fromkeys(CLASSIC_TASKS, "torch"), **dict.fromkeys(MUJOCO_TASKS, "mujoco")}
 
 
@@ -37,16 +37,16 @@ def make_env(
     observed: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> BatchEnv:
-    """Make a batch of environments, with our own implementation of ``env_id`` where there is one.
+    """Create a batch of environments, with the native implementation of ``env_id`` if there is one.
 
     Args:
         env_id: a Gymnasium id; the prefix ``es_flipout/`` of the vector environments is allowed.
         num_envs: the number of slots.
-        device: where the tensors live. Torch environments run on any device; MuJoCo tasks on the CPU and, with the extra
+        device: device of the tensors. Torch environments run on any device; MuJoCo tasks on the CPU and, with the extra
             ``gpu``, on CUDA (:class:`es_flipout.envs.mujoco_gpu.MujocoWarpBatchEnv`); others on the CPU.
-        threads: physics threads of MuJoCo on the CPU, by default one per usable core. Others ignore it.
-        vectorization_mode: ``"sync"`` or ``"async"`` (a process per slot), for ids without our own implementation.
-        observed: entries of the observation to show, in this order; by default all.
+        threads: physics threads of MuJoCo on the CPU, by default one per usable core; ignored by other backends.
+        vectorization_mode: ``"sync"`` or ``"async"`` (one process per slot), for ids without a native implementation.
+        observed: entries of the observation to keep, in this order; by default all.
         **kwargs: as for ``gymnasium.make(env_id, **kwargs)``.
 
     Raises:
@@ -61,7 +61,7 @@ def make_env(
         return make_native_env(env_id, num_envs, device, threads=threads, **kwargs)
     _check_size(num_envs)
     if torch.device(device).type != "cpu":
-        raise UnsupportedEnvironmentError(f"{env_id} runs on the CPU only; ask for device='cpu', not {str(device)!r}")
+        raise UnsupportedEnvironmentError(f"{env_id} runs on the CPU only; use device='cpu', not {str(device)!r}")
     _require_registered(env_id)
     return GymnasiumBatchEnv(env_id, num_envs, kwargs, vectorization_mode)
 
@@ -69,7 +69,7 @@ def make_env(
 def make_native_env(
     env_id: str, num_envs: int, device: str | torch.device = "cpu", *, threads: int | None = None, **kwargs: Any
 ) -> NativeBatchEnv:
-    """As :func:`make_env`, for the ids of :func:`native_env_ids`."""
+    """Like :func:`make_env`, for the ids of :func:`native_env_ids`."""
     _check_size(num_envs)
     device = torch.device(device)
     _require_card(device)
@@ -83,7 +83,7 @@ def make_native_env(
         except ImportError as error:
             needed = "pip install 'es-flipout[gpu]'"
             raise UnsupportedEnvironmentError(
-                f"{env_id} on {str(device)!r} needs mujoco-warp: {needed} ({error})"
+                f"{env_id} on {str(device)!r} requires mujoco-warp: {needed} ({error})"
             ) from error
         return MujocoWarpBatchEnv(env_id, task, num_envs, kwargs, device)
     if device.type != "cpu":
@@ -91,7 +91,7 @@ def make_native_env(
     try:
         from es_flipout.envs.mujoco_cpu import MujocoBatchEnv
     except ImportError as error:
-        raise UnsupportedEnvironmentError(f"{env_id} needs MuJoCo: pip install mujoco ({error})") from error
+        raise UnsupportedEnvironmentError(f"{env_id} requires MuJoCo: pip install mujoco ({error})") from error
     return MujocoBatchEnv(env_id, task, num_envs, kwargs, threads)
 
 
@@ -106,11 +106,11 @@ def _require_card(device: torch.device) -> None:
     cards = torch.cuda.device_count()
     if not cards:
         raise UnsupportedEnvironmentError(
-            f"device {str(device)!r} was asked for, but torch sees no CUDA GPU here; use 'cpu'"
+            f"device {str(device)!r} was requested, but torch finds no CUDA GPU; use 'cpu'"
         )
     if (device.index or 0) >= cards:
         raise UnsupportedEnvironmentError(
-            f"device {str(device)!r} was asked for, but torch sees {cards} CUDA GPU(s) here"
+            f"device {str(device)!r} was requested, but torch finds only {cards} CUDA GPU(s)"
         )
 
 
@@ -124,7 +124,7 @@ def _require_registered(env_id: str) -> None:
             raise UnsupportedEnvironmentError(f"{env_id}: cannot import {module} ({error})") from error
     namespace = name.rpartition("/")[0]
     if namespace and not any(spec.namespace == namespace for spec in gymnasium.registry.values()):
-        # Packages such as MinAtar say in their metadata how the ids of their namespace are registered.
+        # Packages such as MinAtar define in their metadata how the ids of their namespace are registered.
         for plugin in entry_points(group="gymnasium.envs", name=namespace):
             plugin.load()()
     if name not in gymnasium.registry:
@@ -132,7 +132,7 @@ def _require_registered(env_id: str) -> None:
 
 
 def _suggestion(name: str) -> str:
-    """``; did you mean ...?`` with the nearest registered ids, the newest version of each, or nothing."""
+    """Return ``; did you mean ...?`` with the closest registered ids in their newest versions, or an empty string."""
     newest: dict[str, str] = {}
     specs = [spec for spec in gymnasium.registry.values() if spec.namespace is None]
     for spec in sorted(specs, key=lambda spec: spec.version or 0):

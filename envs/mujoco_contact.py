@@ -1,10 +1,10 @@
-"""A batch of simulations that also knows the contact forces on the bodies (``cfrc_ext``) after each step.
+"""A batch of simulations that also computes the contact forces on the bodies (``cfrc_ext``) after each step.
 
-Gymnasium calls ``mj_rnePostConstraint`` after ``mj_step``. ``mujoco.batch.Batch`` has no call for that, but MuJoCo's C
-interface has one (``mujoco/mjbatch.h``), which this module reaches with ctypes.
+Gymnasium calls ``mj_rnePostConstraint`` after ``mj_step``. ``mujoco.batch.Batch`` cannot do that, but MuJoCo's C
+interface (``mujoco/mjbatch.h``) can, which this module uses through ctypes.
 """
 
-# MuJoCo has its names from a compiled module without type stubs
+# MuJoCo's names come from a compiled module without type stubs
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _INTS = ctypes.POINTER(ctypes.c_int)
 
 
 class _BatchConfig(ctypes.Structure):
-    """``mjBatchConfig``."""
+    """The C struct ``mjBatchConfig``."""
 
     _fields_ = (("nthread", ctypes.c_int), ("persistent", ctypes.c_bool))
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The MuJoCo library that the Python package has already loaded, with the signatures used here."""
+    """Return the MuJoCo library that the Python package has already loaded, with the signatures used here."""
     path = next(Path(mujoco.__file__).parent.glob("libmujoco*"))
     library = ctypes.CDLL(str(path))
     batch, ids, count = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
@@ -63,12 +63,12 @@ def _library() -> ctypes.CDLL:
 
 
 class ContactForceBatch:
-    """The part of ``mujoco.batch.Batch`` that the environments use, with ``cfrc_ext`` up to date after a step.
+    """The part of ``mujoco.batch.Batch`` that the environments use, with up-to-date ``cfrc_ext`` after a step.
 
-    Keeps one ``MjData`` per simulation, because the forces are computed from what the step leaves in it.
+    Keeps one ``MjData`` per simulation, because the forces are computed from the data that a step leaves in it.
 
     Attributes:
-        warning: ``(nsim, mjNWARNING, 2)`` int32, MuJoCo's warning counters (last info, number).
+        warning: ``(nsim, mjNWARNING, 2)`` int32, MuJoCo's warning counters (last info, count).
     """
 
     def __init__(self, model: mujoco.MjModel, nsim: int, nthread: int) -> None:
@@ -77,7 +77,7 @@ class ContactForceBatch:
         self._nsim = nsim
         error = ctypes.create_string_buffer(1000)
         config = _BatchConfig(nthread, True)
-        address = ctypes.c_void_p(model._address)  # the only way to the C struct; see the module's docstring
+        address = ctypes.c_void_p(model._address)  # the only access to the C struct
         self._batch = self._library.mjb_makeBatch(address, nsim, ctypes.byref(config), error, len(error))
         if not self._batch:
             raise RuntimeError(error.value.decode())
@@ -87,12 +87,12 @@ class ContactForceBatch:
         self.warning = np.ctypeslib.as_array(self._library.mjb_warning(self._batch), shape)
 
     def bind(self, name: str) -> NDArray[np.float64]:
-        """A live ``(nsim, ...)`` array over an ``MjData`` field; it must not outlive the batch."""
+        """Return a ``(nsim, ...)`` view of an ``MjData`` field; it must not outlive the batch."""
         size = ctypes.c_int()
         if name in _STATE:
             nstate = self._library.mjb_nstate(self._batch)
             first = self._library.mjb_stateComponent(self._batch, int(_STATE[name]), ctypes.byref(size))
-            # the last row ends with the last state component, which may lie behind this one
+            # the last row ends with this component, even if other components follow it
             whole = np.ctypeslib.as_array(first, ((self._nsim - 1) * nstate + size.value,))
             strides = (nstate * whole.itemsize, whole.itemsize)
             return np.lib.stride_tricks.as_strided(whole, (self._nsim, size.value), strides)
@@ -109,24 +109,24 @@ class ContactForceBatch:
         """
         chosen, pointer, count = self._chosen(ids)
         self._check(chosen, self._library.mjb_step(self._batch, pointer, count, nstep, _STAGE_NONE))
-        # mj_rnePostConstraint(m, d) is called as func(m, d, sim, arg): C callees ignore the surplus arguments
+        # mj_rnePostConstraint(m, d) is called as func(m, d, sim, arg): C functions ignore surplus arguments
         function = self._rne_post_constraint
         self._check(chosen, self._library.mjb_apply(self._batch, pointer, count, function, None, 0))
-        # computes nothing, but copies the fields out
+        # computes nothing, but copies the output fields
         self._check(chosen, self._library.mjb_forward(self._batch, pointer, count, _STAGE_NONE))
 
     def forward(self, ids: NDArray[np.generic] | None = None) -> None:
-        """``mj_forward``."""
+        """Call ``mj_forward``."""
         chosen, pointer, count = self._chosen(ids)
         self._check(chosen, self._library.mjb_forward(self._batch, pointer, count, _STAGE_ACC))
 
     def reset(self, ids: NDArray[np.generic] | None = None, stage: int = _STAGE_ACC) -> None:
-        """``mj_resetData``, then the stages up to ``stage``."""
+        """Call ``mj_resetData``, then compute the stages up to ``stage``."""
         chosen, pointer, count = self._chosen(ids)
         self._check(chosen, self._library.mjb_reset(self._batch, pointer, count, None, stage))
 
     def _chosen(self, ids: NDArray[np.generic] | None) -> tuple[NDArray[np.int32], int | None, int]:
-        """The chosen simulations as the C interface takes them: indices (kept alive by the caller), address, count."""
+        """Return the selected simulations for the C interface: indices (kept alive by the caller), address, count."""
         if ids is None:
             return np.arange(self._nsim, dtype=np.int32), None, 0
         indices = np.flatnonzero(ids) if ids.dtype == np.bool_ else ids

@@ -1,6 +1,6 @@
-"""MuJoCo tasks on the CPU, the physics in MuJoCo's own thread pool: :class:`MujocoBatchEnv`."""
+"""MuJoCo tasks on the CPU, with physics in MuJoCo's own thread pool: :class:`MujocoBatchEnv`."""
 
-# MuJoCo has its names from a compiled module without type stubs
+# MuJoCo's names come from a compiled module without type stubs
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _STAGE_NONE = int(mujoco.mjtStage.mjSTAGE_NONE)
 
 
 def usable_cores() -> int:
-    """The number of cores this process may run on."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def load_model(xml_file: str) -> mujoco.MjModel:
-    """Load a model as Gymnasium does; a plain file name is one of Gymnasium's assets.
+    """Load a model as Gymnasium does; a plain file name refers to Gymnasium's assets.
 
-    MuJoCo writes its warnings to stderr and to a file in the working directory. Those that matter here (a state that is
-    not finite) are reported as ``diverged``, so they are silenced for the process, unless it has a handler of its own.
+    MuJoCo writes warnings to stderr and to a file in the working directory. The relevant ones (non-finite states) are
+    reported as ``diverged``, so warnings are silenced for this process, unless it has its own handler.
     """
     if mujoco.get_mju_user_warning() is None:
         mujoco.set_mju_user_warning(_ignore_warning)
@@ -50,26 +50,27 @@ def _ignore_warning(message: str) -> None:
 
 
 def model_facts(model: mujoco.MjModel) -> ModelFacts:
-    """What the tasks need to know of ``model``, as NumPy arrays."""
+    """Return what the tasks need to know about ``model``, as NumPy arrays."""
     body_ids = {model.body(index).name: index for index in range(model.nbody)}
     return ModelFacts(model.opt.timestep, model.qpos0.copy(), model.nv, model.body_mass.copy(), body_ids)
 
 
 def action_space(model: mujoco.MjModel) -> gymnasium.spaces.Box:
-    """The actuators' ranges as Gymnasium gives them."""
+    """Return the action space of Gymnasium, from the control ranges of the actuators."""
     low, high = model.actuator_ctrlrange.astype(np.float32).T
     return gymnasium.spaces.Box(low, high, dtype=np.float32)
 
 
 class MujocoBatchEnv(NativeBatchEnv):
-    """A MuJoCo task on the CPU, equal to Gymnasium's to the bit.
+    """A MuJoCo task on the CPU, bitwise identical to Gymnasium's.
 
-    A slot whose state or reward stops being finite (MuJoCo counts a warning and resets it) terminates with reward 0 and
-    shows the model's reference state until it is reset. The tensors that :meth:`step` and :meth:`reset` return are the caller's.
+    A slot whose state or reward becomes non-finite (MuJoCo counts a warning and resets it) terminates with reward 0 and
+    returns the model's reference state until it is reset. The tensors that :meth:`step` and :meth:`reset` return are
+    never overwritten.
 
     Attributes:
-        batch: the simulations, for instance to measure bare physics.
-        frame_skip: physics steps of one control step.
+        batch: the simulations, for example to measure bare physics.
+        frame_skip: physics steps per control step.
     """
 
     def __init__(
@@ -80,19 +81,19 @@ class MujocoBatchEnv(NativeBatchEnv):
         kwargs: Mapping[str, object],
         threads: int | None = None,
     ) -> None:
-        """Load the model and make the simulations.
+        """Load the model and create the simulations.
 
         Args:
             env_id: the Gymnasium id.
             task: the task, already built from ``kwargs``.
             num_envs: ``S``.
             kwargs: the keyword arguments of ``gymnasium.make`` that select this variant.
-            threads: physics threads, by default one per usable core; the results do not depend on it.
+            threads: physics threads, by default one per usable core; results do not depend on it.
         """
         self._describe(env_id, kwargs, num_envs, torch.device("cpu"))
         model = load_model(task.xml_file)
         if not task.islands_matter and task.xml_file == type(task).xml_file:
-            # one block of constraints instead of one per island: the same result, faster for these small models
+            # solve all constraints as one block instead of one per island: same result, and faster for small models
             model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_ISLAND)
         threads = min(threads or usable_cores(), num_envs)
         derived = task.derived_fields()
@@ -116,6 +117,10 @@ class MujocoBatchEnv(NativeBatchEnv):
     def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
         """See :meth:`NativeBatchEnv.draw_start`; positions, then velocities."""
         return np.concatenate(self._task.start(rng, self._model))
+
+    def states(self) -> Tensor:
+        """See :meth:`NativeBatchEnv.states`."""
+        return torch.from_numpy(np.concatenate([self._fields["qpos"], self._fields["qvel"]], axis=1))
 
     def restart(self, rows: NDArray[np.intp], starts: NDArray[np.float64]) -> Tensor:
         """See :meth:`NativeBatchEnv.restart`."""
@@ -148,7 +153,7 @@ class MujocoBatchEnv(NativeBatchEnv):
         if frozen is not None:
             reward[frozen] = 0.0
             terminated[frozen] = False
-        # the sum tells whether any number of the whole batch is not finite
+        # the sum reveals whether any number in the batch is non-finite
         if np.count_nonzero(self.batch.warning) or not math.isfinite(observation.sum() + reward.sum()):
             observation = self._contain(observation, reward, terminated, frozen)
         else:
@@ -162,7 +167,7 @@ class MujocoBatchEnv(NativeBatchEnv):
         )
 
     def _actions(self, action: Tensor) -> NDArray[np.floating]:
-        """The actions in NumPy, in their own dtype where NumPy and Gymnasium know it."""
+        """Convert actions to NumPy, in their own dtype if NumPy and Gymnasium support it."""
         if action.shape != self._fields["ctrl"].shape:
             expected = self._fields["ctrl"].shape
             raise ValueError(f"{self.env_id}: actions must have shape {expected}, got {tuple(action.shape)}")
@@ -174,7 +179,7 @@ class MujocoBatchEnv(NativeBatchEnv):
         return self._task.observation(np, self._model, self._fields)
 
     def _count_step(self, frozen: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-        """Count a step of the slots that are not frozen; the slots among them that are at the time limit."""
+        """Count a step of the slots that are not frozen, and return those that reached the time limit."""
         self._elapsed += 1 if frozen is None else ~frozen
         if self.max_episode_steps is None:
             return np.zeros(self.num_envs, np.bool_)
@@ -190,7 +195,7 @@ class MujocoBatchEnv(NativeBatchEnv):
         terminated: NDArray[np.bool_],
         frozen: NDArray[np.bool_] | None,
     ) -> NDArray[np.float64]:
-        """End the slots that are not finite or that MuJoCo had to reset: change the flags, give new observations."""
+        """End slots that are non-finite or were reset by MuJoCo: update flags and rewards, return new observations."""
         warned = self.batch.warning[:, _BAD_STATE, 1].any(1)
         bad = warned | ~np.isfinite(observation).all(1) | ~np.isfinite(reward)
         if frozen is not None:

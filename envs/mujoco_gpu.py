@@ -1,4 +1,4 @@
-"""MuJoCo tasks on an NVIDIA GPU, the physics in mujoco-warp: :class:`MujocoWarpBatchEnv`."""
+"""MuJoCo tasks on an NVIDIA GPU, with physics in mujoco-warp: :class:`MujocoWarpBatchEnv`."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
 from es_flipout.envs.native import NativeBatchEnv, build_task
 from es_flipout.envs.warp_physics import FOREIGN_MODEL, SIZES, Sizes, WarpPhysics
 
-_LARGEST = 1e10  # mjMAXVAL: MuJoCo calls a larger position, velocity or control bad
-_STATE = ("qpos", "qvel", "act", "qacc_warmstart", "time")  # what a simulation carries from step to step
+_LARGEST = 1e10  # mjMAXVAL: MuJoCo considers larger positions, velocities and controls as bad
+_STATE = ("qpos", "qvel", "act", "qacc_warmstart", "time")  # the state of a simulation between steps
 
 
 class MujocoWarpBatchEnv(NativeBatchEnv):
-    """A MuJoCo task in mujoco-warp, from the same definition as the CPU's; float32 throughout, rewards as float64.
+    """A MuJoCo task in mujoco-warp, from the same definition as on the CPU; float32 throughout, rewards as float64.
 
-    Agrees with Gymnasium to the rounding of float32 (which chaos amplifies); scores belong to the real environment.
-    Models that ship with the PGS solver (the humanoids) are solved by Newton, to the same solution.
+    Agrees with Gymnasium up to float32 rounding (which chaotic dynamics amplify); final scores come from the real
+    environment. Models with the PGS solver (the humanoids) are solved by Newton's method, which has the same solution.
 
-    Nothing in :meth:`step` and :meth:`restart_where` waits for the host, and all state keeps its storage. A step has three
-    parts, :meth:`begin_step`, :meth:`run_physics` and :meth:`end_step`. The first and last are torch operations, which
-    CUDA graphs of torch may hold together with a policy; the middle one is a CUDA graph of warp. One graph of each per
-    control step, launched in turn on one stream, is the safe arrangement: the solver loops by conditional nodes, and
-    recording one of those ends and resumes torch's capture, after which torch's allocator no longer knows that it is
-    capturing. Capturing whole steps works if the graph's memory comes from elsewhere (``torch.cuda.use_mem_pool``).
+    :meth:`step` and :meth:`restart_where` never synchronize with the host, and all state keeps its storage. A step has
+    three parts, :meth:`begin_step`, :meth:`run_physics` and :meth:`end_step`. The first and the last are torch
+    operations, which torch CUDA graphs may contain together with a policy; the middle one is a CUDA graph of warp. The
+    safe way is one graph of each per control step, launched alternately on one stream: the solver loops with
+    conditional nodes, and recording these ends and resumes torch's capture, after which torch's allocator no longer
+    knows that it is capturing. Capturing whole steps works if the graph's memory comes from elsewhere
+    (``torch.cuda.use_mem_pool``).
 
     Three differences from the CPU:
 
     * the observation space is float32;
-    * a frozen slot is parked in the model's reference state, so that a fallen body does not take up the room for contacts
-      that all slots share. It is finite, but it has to be restarted before it can be live again;
-    * a slot whose state or reward stops being finite (``diverged``) terminates with reward 0 and goes to the reference
-      state at once, which it also shows.
+    * a frozen slot is parked in the model's reference state, so that a fallen body does not use up the contact memory
+      that all slots share. Its state is finite, but it must be restarted before it can be live again;
+    * a slot whose state or reward becomes non-finite (``diverged``) terminates with reward 0 and immediately goes to
+      the reference state, which it also returns.
     """
 
     def __init__(
@@ -55,18 +56,19 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         device: torch.device,
         sizes: Sizes | None = None,
     ) -> None:
-        """Load the model and make the simulations.
+        """Load the model and create the simulations.
 
         Args:
             env_id: the Gymnasium id.
             task: the task, already built from ``kwargs``.
             num_envs: ``S``.
             kwargs: the keyword arguments of ``gymnasium.make`` that select this variant.
-            device: a CUDA device, or the CPU (slow: for tests).
-            sizes: room for contacts and constraints, by default enough for Gymnasium's models and generous for others.
+            device: a CUDA device, or the CPU (slow, for tests).
+            sizes: maximum numbers of contacts and constraints; defaults suffice for Gymnasium's models, and are
+                generous for others.
 
         Raises:
-            UnsupportedEnvironmentError: the driver is too old, or the model uses what mujoco-warp does not have.
+            UnsupportedEnvironmentError: the driver is too old, or mujoco-warp does not support the model.
         """
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -109,6 +111,10 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         return np.concatenate(self._task.start(rng, self._model))
 
     @override
+    def states(self) -> Tensor:
+        return torch.cat([self._fields["qpos"], self._fields["qvel"]], 1).double()
+
+    @override
     def restart(self, rows: NDArray[np.intp], starts: NDArray[np.float64]) -> Tensor:
         mask = np.zeros(self.num_envs, np.bool_)
         mask[rows] = True
@@ -127,7 +133,7 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         _put(fields["qvel"], mask, qvel)
         self._elapsed.masked_fill_(mask, 0)
         if kept:
-            # the others keep what their last step left, one substep behind the state, as Gymnasium has it
+            # the others keep the values of their last step, one substep behind the state, as in Gymnasium
             self._physics.forward()
             for name, values in kept.items():
                 _put(fields[name], ~mask, values)
@@ -140,7 +146,7 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         return self.end_step()
 
     def begin_step(self, action: Tensor, live: Tensor | None = None) -> None:
-        """The first part of :meth:`step`: take in the actions and park the frozen slots."""
+        """Store the actions and park the frozen slots; the first part of :meth:`step`."""
         controls = self.controls
         if action.shape != controls.shape:
             expected, got = tuple(controls.shape), tuple(action.shape)
@@ -157,15 +163,15 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
 
     @property
     def controls(self) -> Tensor:
-        """What the next :meth:`run_physics` applies, ``(S, A)`` float32; write to it in place only."""
+        """Controls that the next :meth:`run_physics` applies, ``(S, A)`` float32; modify in place only."""
         return self._fields["ctrl"]
 
     def run_physics(self) -> None:
-        """The second part of :meth:`step`."""
+        """Run the physics; the second part of :meth:`step`."""
         self._physics.step()
 
     def end_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The last part of :meth:`step`, with what it returns."""
+        """Compute and return the outcome; the last part of :meth:`step`."""
         fields, live = self._fields, self._live
         observation = self._observe()
         reward, terminated = self._task.outcome(torch, self._model, fields, self._before, fields["ctrl"])
@@ -184,10 +190,10 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         return observation, reward, terminated, (self._elapsed >= self.max_episode_steps) & live
 
     def overflow(self) -> int:
-        """The slots that found no room for a contact or constraint since the last call; waits for the device.
+        """Return the number of slots that exceeded ``sizes`` since the last call; synchronizes with the device.
 
-        What they lost changed their motion; give more room by ``sizes``. All slots share the room for contacts: when it is
-        full, all of them count.
+        They lost contacts or constraints, which changed their motion; increase ``sizes``. All slots share the memory
+        for contacts; when it is full, all of them count.
         """
         return self._physics.overflow()
 
@@ -195,23 +201,23 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         return self._task.observation(torch, self._model, self._fields)
 
     def _park(self, mask: Tensor, names: tuple[str, ...]) -> None:
-        """Bring the named fields of the slots in ``mask`` to the model's reference state."""
+        """Set the named fields of the slots in ``mask`` to the model's reference state."""
         for name in names:
             _put(self._fields[name], mask, self._reference[name])
 
 
 def _put(field: Tensor, mask: Tensor, values: Tensor) -> None:
-    """Write ``values`` (S or 1, ...) into the rows of ``field`` (S, ...) that are in ``mask`` (S,), in place."""
+    """Write ``values`` (S or 1, ...) to the rows of ``field`` (S, ...) that are in ``mask`` (S,), in place."""
     torch.where(mask.view(-1, *[1] * (field.ndim - 1)), values, field, out=field)
 
 
 def make_warp_env(env_id: str, num_envs: int, device: str | torch.device, **kwargs: Any) -> MujocoWarpBatchEnv:
-    """Make a batch of a MuJoCo task in mujoco-warp, also on the CPU; see :func:`es_flipout.envs.make_env`.
+    """Create a batch of a MuJoCo task in mujoco-warp, also on the CPU; see :func:`es_flipout.envs.make_env`.
 
     Raises:
-        UnsupportedEnvironmentError: no such task, an unsupported keyword, or it cannot run on the device.
+        UnsupportedEnvironmentError: the task or a keyword is not supported, or the task cannot run on the device.
     """
     if env_id not in MUJOCO_TASKS:
-        raise UnsupportedEnvironmentError(f"{env_id} is none of {', '.join(MUJOCO_TASKS)}")
+        raise UnsupportedEnvironmentError(f"{env_id} is not one of {', '.join(MUJOCO_TASKS)}")
     task = build_task(MUJOCO_TASKS[env_id], env_id, kwargs)
     return MujocoWarpBatchEnv(env_id, task, num_envs, kwargs, torch.device(device))

@@ -1,9 +1,9 @@
-"""What a MuJoCo task is: start, observation, reward and end, written once over any array namespace.
+"""The definition of a MuJoCo task: start, observation, reward and termination, written once for any array namespace.
 
-The functions take ``xp``, an array namespace (``numpy`` or ``torch``), and the simulation's fields with the slots in
-front: ``qpos`` is ``(S, nq)``, ``xpos`` is ``(S, nbody, 3)``. The order of the operations is Gymnasium's, so that with
-``numpy`` the results are the same to the bit. Derived fields (``xpos``, ``cvel``, ...) are read as ``mj_step`` leaves
-them, one substep behind the state; that too is what Gymnasium reads.
+The functions take ``xp``, an array namespace (``numpy`` or ``torch``), and the fields of the simulations, whose first
+dimension is the slot: ``qpos`` is ``(S, nq)``, ``xpos`` is ``(S, nbody, 3)``. The order of operations is Gymnasium's,
+so with ``numpy`` the results are bitwise identical. Derived fields (``xpos``, ``cvel``, ...) are read as ``mj_step``
+leaves them, one substep behind the state, as in Gymnasium.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Start = tuple[NDArray[np.float64], NDArray[np.float64]]  # qpos (nq,), qvel (nv,
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the tasks need to know of the compiled model.
+    """What the tasks need to know about the compiled model.
 
     Attributes:
-        timestep: of one physics step, in seconds.
-        qpos0: ``(nq,)`` the model's reference configuration, in NumPy.
-        nv: the number of degrees of freedom.
+        timestep: duration of one physics step, in seconds.
+        qpos0: ``(nq,)``, the model's reference configuration, in NumPy.
+        nv: number of degrees of freedom.
         body_mass: ``(nbody,)``, in the array namespace of the fields.
-        body_ids: body index by name.
+        body_ids: body indices by name.
     """
 
     timestep: float
@@ -44,49 +44,49 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class MujocoTask(ABC):
-    """One task; its dataclass fields are Gymnasium's keyword arguments with Gymnasium's defaults."""
+    """A task; its dataclass fields are Gymnasium's keyword arguments with Gymnasium's defaults."""
 
     islands_matter: ClassVar[bool] = False  # whether solving all constraints as one block changes the last bits
     xml_file: str = ""
     frame_skip: int = 1
 
     def derived_fields(self) -> tuple[str, ...]:
-        """The MjData fields, beyond ``qpos``, ``qvel`` and ``ctrl``, that the other methods read."""
+        """Return the MjData fields, in addition to ``qpos``, ``qvel`` and ``ctrl``, that the other methods read."""
         return ()
 
     def alive_bonus(self) -> float:
-        """The part of every step's reward that is paid for merely not having ended."""
+        """Return the part of the reward of every step that is given for being alive."""
         return 0.0
 
     @abstractmethod
     def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
-        """Draw the state in which an episode starts."""
+        """Draw the start state of an episode."""
 
     def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
-        """What :meth:`outcome` must know of the state before the step, ``(S,)``; the caller keeps a copy of it."""
+        """Return what :meth:`outcome` needs to know about the state before the step, ``(S,)``; the caller copies it."""
         del xp, model
         return d["qpos"][:, 0]
 
     @abstractmethod
     def observation(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
-        """The observation, ``(S, O)``."""
+        """Compute the observation, ``(S, O)``."""
 
     @abstractmethod
     def outcome(
         self, xp: Namespace, model: ModelFacts, d: Fields, before: Array, action: Array
     ) -> tuple[Array, Array | None]:
-        """Reward ``(S,)`` and terminated ``(S,)`` (``None``: never) of the step that led to ``d``.
+        """Compute reward ``(S,)`` and terminated ``(S,)`` (``None`` if never) of the step that led to ``d``.
 
         Args:
             xp: the array namespace.
-            model: facts of the model.
+            model: facts about the model.
             d: the fields after the step.
-            before: what :meth:`before` gave before the step.
-            action: ``(S, A)`` in the policy's own dtype; Gymnasium squares it in that dtype.
+            before: the result of :meth:`before`, from before the step.
+            action: ``(S, A)`` in the policy's dtype, in which Gymnasium squares it.
         """
 
     def velocity(self, model: ModelFacts, before: Array, after: Array) -> Array:
-        """Mean velocity over the control step, ``(S,)``."""
+        """Compute the mean velocity over the control step, ``(S,)``."""
         return (after - before) / (model.timestep * self.frame_skip)
 
 
@@ -107,20 +107,20 @@ class NoisyStart(MujocoTask):
 
 
 def sum_of_squares(xp: Namespace, rows: Array) -> Array:
-    """Sum of squares of each row: ``(S, N)`` to ``(S,)``."""
+    """Compute the sum of squares of each row: ``(S, N)`` to ``(S,)``."""
     return xp.square(rows).sum(1)
 
 
 def between(values: Array, bounds: tuple[float, float]) -> Array:
-    """Where values lie strictly within the bounds."""
+    """Return where values are strictly within the bounds."""
     return (bounds[0] < values) & (values < bounds[1])
 
 
 def flat(values: Array) -> Array:
-    """``(S, ...)`` to ``(S, N)``."""
+    """Flatten ``(S, ...)`` to ``(S, N)``."""
     return values.reshape(values.shape[0], -1)
 
 
 def norm(xp: Namespace, vectors: Array) -> Array:
-    """Euclidean norm of each row, ``(S, N)`` to ``(S,)``, by the dot product as NumPy's norm of one vector."""
+    """Compute the Euclidean norm of each row, ``(S, N)`` to ``(S,)``, by a dot product like NumPy for vectors."""
     return xp.sqrt(xp.linalg.vecdot(vectors, vectors))

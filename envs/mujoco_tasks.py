@@ -1,4 +1,4 @@
-"""The Gymnasium v5 MuJoCo tasks, with Gymnasium's order of operations: in NumPy the results are the same to the bit."""
+"""The Gymnasium v5 MuJoCo tasks, with Gymnasium's order of operations: bitwise identical results in NumPy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from es_flipout.envs.mujoco_task import (
 
 @dataclass(frozen=True, kw_only=True)
 class InvertedPendulum(NoisyStart):
-    """Balance a pole on a cart; the reward is 1 while it stands, so no part of it is a mere bonus."""
+    """Balance a pole on a cart; the whole reward is 1 while it stands, so there is no separate alive bonus."""
 
     xml_file: str = "inverted_pendulum.xml"
     frame_skip: int = 2
@@ -79,7 +79,7 @@ class InvertedDoublePendulum(NoisyStart):
         del model, before, action
         x, y = d["site_xpos"][:, 0, 0], d["site_xpos"][:, 0, 2]
         v1, v2 = d["qvel"][:, 1], d["qvel"][:, 2]
-        # float_power is the pow() of the C library, as Gymnasium's ** on scalars; ** on arrays multiplies instead
+        # float_power is pow() of the C library, like Gymnasium's ** on scalars; ** on arrays multiplies instead
         distance = 0.01 * xp.float_power(x, 2) + xp.float_power(y - 2, 2)
         speed = 1e-3 * xp.float_power(v1, 2) + 5e-3 * xp.float_power(v2, 2)
         terminated = y <= 1
@@ -89,10 +89,10 @@ class InvertedDoublePendulum(NoisyStart):
 
 @dataclass(frozen=True, kw_only=True)
 class HalfCheetah(NoisyStart):
-    """Run forward with a two-legged planar body; never ends."""
+    """Run forward with a two-legged planar body; never terminates."""
 
     normal_velocity: ClassVar[bool] = True
-    hidden_positions: ClassVar[int] = 1  # leading coordinates that the observation leaves out
+    hidden_positions: ClassVar[int] = 1  # leading coordinates that the observation omits
     xml_file: str = "half_cheetah.xml"
     frame_skip: int = 5
     forward_reward_weight: float = 1.0
@@ -115,7 +115,7 @@ class HalfCheetah(NoisyStart):
 
 @dataclass(frozen=True, kw_only=True)
 class Swimmer(HalfCheetah):
-    """Swim forward with a three-link body in a viscous fluid; never ends."""
+    """Swim forward with a three-link body in a viscous fluid; never terminates."""
 
     normal_velocity: ClassVar[bool] = False
     hidden_positions: ClassVar[int] = 2
@@ -144,7 +144,7 @@ class Walker2d(NoisyStart):
         return self.healthy_reward
 
     def healthy(self, xp: Namespace, d: Fields) -> Array:
-        """The slots that stand, ``(S,)`` bool."""
+        """Return the slots that stand, ``(S,)`` bool."""
         del xp
         return between(d["qpos"][:, 1], self.healthy_z_range) & between(d["qpos"][:, 2], self.healthy_angle_range)
 
@@ -175,7 +175,7 @@ class Hopper(Walker2d):
     healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
 
     def healthy(self, xp: Namespace, d: Fields) -> Array:
-        """The slots that stand and whose state is in bounds, ``(S,)`` bool."""
+        """Return the slots that stand and whose state is in bounds, ``(S,)`` bool."""
         bounds = self.healthy_state_range
         in_bounds = xp.all(between(d["qpos"][:, 2:], bounds), 1) & xp.all(between(d["qvel"], bounds), 1)
         return in_bounds & Walker2d.healthy(self, xp, d)
@@ -183,7 +183,7 @@ class Hopper(Walker2d):
 
 @dataclass(frozen=True, kw_only=True)
 class Reacher(MujocoTask):
-    """Bring the tip of a two-joint arm to a target; never ends."""
+    """Move the tip of a two-joint arm to a target; never terminates."""
 
     xml_file: str = "reacher.xml"
     frame_skip: int = 2
@@ -224,7 +224,7 @@ class Reacher(MujocoTask):
 
 @dataclass(frozen=True, kw_only=True)
 class Pusher(MujocoTask):
-    """Push a cylinder to a goal with a robot arm; never ends."""
+    """Push a cylinder to a goal with a robot arm; never terminates."""
 
     islands_matter: ClassVar[bool] = True
     xml_file: str = "pusher_v5.xml"
@@ -249,7 +249,7 @@ class Pusher(MujocoTask):
         return qpos, qvel
 
     def _bodies(self, model: ModelFacts, d: Fields) -> tuple[Array, Array, Array]:
-        """Positions of arm tip, object and goal, ``(S, 3)`` each."""
+        """Return the positions of arm tip, object and goal, ``(S, 3)`` each."""
         tip, thing, goal = (d["xpos"][:, model.body_ids[name]] for name in ("tips_arm", "object", "goal"))
         return tip, thing, goal
 
@@ -328,7 +328,7 @@ class Ant(NoisyStart):
 
 @dataclass(frozen=True, kw_only=True)
 class _HumanoidBody(NoisyStart):
-    """What the two humanoid tasks share: the observation and the costs."""
+    """Base class of the two humanoid tasks: observation and costs."""
 
     frame_skip: int = 5
     ctrl_cost_weight: float = 0.1
@@ -340,7 +340,7 @@ class _HumanoidBody(NoisyStart):
     include_cfrc_ext_in_observation: bool = True
 
     def _observed(self) -> dict[str, int]:
-        """The derived fields of the observation, with the leading entries (world body, free joint) it leaves out."""
+        """Return the derived fields of the observation, with the number of leading entries that it omits of each."""
         skipped = {"cinert": 1, "cvel": 1, "qfrc_actuator": 6, "cfrc_ext": 1}
         return {name: first for name, first in skipped.items() if getattr(self, f"include_{name}_in_observation")}
 
@@ -352,7 +352,7 @@ class _HumanoidBody(NoisyStart):
         return xp.concatenate((d["qpos"][:, hidden:], d["qvel"], *derived), 1)
 
     def _force_cost(self, xp: Namespace, d: Fields, weight: float, bounds: tuple[float, float]) -> Array | float:
-        """Cost of the contact forces, clipped to ``bounds``: ``(S,)``, or a number where ``weight`` is 0."""
+        """Compute the cost of contact forces, clipped to ``bounds``: ``(S,)``, or a number if ``weight`` is 0."""
         if weight == 0:
             return min(max(0.0, bounds[0]), bounds[1])
         return xp.clip(weight * sum_of_squares(xp, flat(d["cfrc_ext"])), *bounds)
@@ -380,7 +380,7 @@ class Humanoid(_HumanoidBody):
         return self.healthy_reward
 
     def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
-        """The x coordinate of the center of mass; summed one body after the other, as Gymnasium's einsum does."""
+        """Return the x coordinate of the center of mass, summed body by body like Gymnasium's einsum."""
         return xp.cumsum(d["xipos"][:, :, 0] * model.body_mass, 1)[:, -1] / model.body_mass.sum()
 
     @override
@@ -398,7 +398,7 @@ class Humanoid(_HumanoidBody):
 
 @dataclass(frozen=True, kw_only=True)
 class HumanoidStandup(_HumanoidBody):
-    """Stand up from lying; never ends, and every step pays 1. Gymnasium accepts ``uph_cost_weight`` and ignores it."""
+    """Stand up from lying; never terminates, alive bonus 1. Gymnasium accepts ``uph_cost_weight`` and ignores it."""
 
     xml_file: str = "humanoidstandup.xml"
     uph_cost_weight: float = 1

@@ -1,4 +1,4 @@
-"""Environments whose start states this package draws itself: :class:`NativeBatchEnv`, and how their options are read."""
+"""The base class of native environments, which draw start states themselves, and the parsing of their options."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ NO_TIME_LIMIT = -1  # what gymnasium.make calls "no time limit"
 
 
 class NativeBatchEnv(BatchEnv):
-    """A batch whose episodes start from a flat vector drawn on the host with a NumPy generator.
+    """A batch whose episodes start from flat vectors, drawn on the host with a NumPy generator.
 
-    ``K`` is the length of that vector. :meth:`reset` draws it from seeds; the vector environment draws it from the
-    generators it keeps per slot. Both hand it to :meth:`restart`. A loop that stays on a device draws the starts of all
-    its episodes first, with :meth:`starts`, and hands them out with :meth:`restart_where`.
+    ``K`` is the length of such a vector. :meth:`reset` draws it from seeds; the vector environment draws it from its
+    generators, one per slot. Both pass it to :meth:`restart`. A rollout on a device first draws the starts of all
+    episodes with :meth:`starts`, and later assigns them with :meth:`restart_where`.
 
     Attributes:
-        capturable: whether :meth:`step` and :meth:`restart_where` are nothing but torch operations that neither wait for
-            the host nor move the state to other storage, so that one CUDA graph of torch can hold many steps.
+        capturable: whether :meth:`step` and :meth:`restart_where` consist only of torch operations that neither
+            synchronize with the host nor move the state to other storage, so that one torch CUDA graph can contain many
+            steps.
     """
 
     capturable: bool = False
 
     @abstractmethod
     def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """Draw one start, ``(K,)``, consuming ``rng`` exactly as the Gymnasium environment's ``reset`` does."""
+        """Draw one start, ``(K,)``, with exactly the same calls of ``rng`` as the Gymnasium environment's ``reset``."""
 
     @abstractmethod
     def restart(self, rows: NDArray[np.intp], starts: NDArray[np.float64]) -> Tensor:
@@ -63,10 +64,17 @@ class NativeBatchEnv(BatchEnv):
         """
         return torch.from_numpy(self._draw(seeds.cpu().numpy())).to(self.device)
 
+    @abstractmethod
+    def states(self) -> Tensor:
+        """Return the state of every slot, ``(S, K)`` float64 on the environments' device.
+
+        :meth:`restart_where` continues from it; the time limit starts over.
+        """
+
     def restart_where(self, mask: Tensor, starts: Tensor) -> Tensor:
         """Start new episodes in the slots of ``mask`` ``(S,)`` from ``starts`` ``(S, K)``; other rows are ignored.
 
-        The other slots go on as if nothing had happened. Environments on a device do this without the host.
+        The other slots are unaffected. Environments on a device do this without the host.
 
         Returns:
             Observations of all slots, ``(S, O)``.
@@ -75,13 +83,13 @@ class NativeBatchEnv(BatchEnv):
         return self.restart(rows, starts.cpu().numpy()[rows])
 
     def _draw(self, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The starts of ``seeds`` ``(n,)``, ``(n, K)``."""
+        """Draw the starts of ``seeds`` ``(n,)``, ``(n, K)``."""
         unique, inverse = np.unique(seeds, return_inverse=True)
         drawn = [self.draw_start(seeding.np_random(int(seed))[0]) for seed in unique]
         return np.stack(drawn)[inverse] if drawn else np.empty((0, 0))
 
     def _describe(self, env_id: str, kwargs: Mapping[str, object], num_envs: int, device: torch.device) -> None:
-        """Set the attributes that every native environment has; ``max_episode_steps`` follows ``gymnasium.make``."""
+        """Set the attributes of all native environments; ``max_episode_steps`` is as in ``gymnasium.make``."""
         self.env_id = env_id
         self.kwargs = dict(kwargs)
         self.num_envs = num_envs
@@ -90,7 +98,7 @@ class NativeBatchEnv(BatchEnv):
 
 
 def time_limit(env_id: str, max_episode_steps: object) -> int | None:
-    """The time limit of ``gymnasium.make(env_id, max_episode_steps=max_episode_steps)``.
+    """Return the time limit of ``gymnasium.make(env_id, max_episode_steps=max_episode_steps)``.
 
     Args:
         env_id: a registered Gymnasium id.
@@ -116,5 +124,5 @@ def build_task(task_class: type[Task], env_id: str, kwargs: Mapping[str, Any]) -
     unknown = [name for name in options if name not in known]
     if unknown:
         choices = ", ".join([*known, "max_episode_steps"])
-        raise UnsupportedEnvironmentError(f"{env_id}: unsupported keyword {unknown[0]!r}; it takes {choices}")
+        raise UnsupportedEnvironmentError(f"{env_id}: unsupported keyword {unknown[0]!r}; supported: {choices}")
     return task_class(**options)

@@ -1,6 +1,7 @@
-"""Environments that show only some entries of their observations, for instance positions without velocities.
+"""Environments with only some entries of their observations, such as positions without velocities.
 
-:class:`SelectObservation` wraps a Gymnasium environment, :class:`ObservedBatchEnv` a batch; both show the same.
+:class:`SelectObservation` wraps a Gymnasium environment and :class:`ObservedBatchEnv` wraps a batch; both select the
+same.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class SelectObservation(TransformObservation):
         """Wrap ``env``.
 
         Raises:
-            UnsupportedEnvironmentError: the observation is not a one-dimensional ``Box`` or has no such entry.
+            UnsupportedEnvironmentError: the observation is not a one-dimensional ``Box``, or an entry does not exist.
         """
         chosen = list(observed)
         name = env.spec.id if env.spec is not None else "the environment"
@@ -39,7 +40,7 @@ class ObservedBatchEnv(BatchEnv):
         """Wrap ``env``.
 
         Raises:
-            UnsupportedEnvironmentError: the observation has no such entry.
+            UnsupportedEnvironmentError: an entry does not exist.
         """
         self._env = env
         self._chosen = torch.tensor(list(observed), device=env.device)
@@ -67,6 +68,10 @@ class ObservedBatchEnv(BatchEnv):
         """See :meth:`NativeBatchEnv.starts`."""
         return self._native.starts(seeds)
 
+    def states(self) -> Tensor:
+        """See :meth:`NativeBatchEnv.states`."""
+        return self._native.states()
+
     def restart_where(self, mask: Tensor, starts: Tensor) -> Tensor:
         """See :meth:`NativeBatchEnv.restart_where`."""
         return self._native.restart_where(mask, starts)[:, self._chosen]
@@ -77,13 +82,13 @@ class ObservedBatchEnv(BatchEnv):
         return self._native.capturable
 
     def overflow(self) -> int:
-        """See the environment."""
+        """See :meth:`es_flipout.envs.mujoco_gpu.MujocoWarpBatchEnv.overflow`; 0 for other environments."""
         return getattr(self._env, "overflow", int)()
 
     @property
     def _native(self) -> NativeBatchEnv:
         if not isinstance(self._env, NativeBatchEnv):
-            raise NotImplementedError(f"{self.env_id}: the {self.backend} backend does not run on a device of its own")
+            raise NotImplementedError(f"{self.env_id}: the {self.backend} backend does not run on a device")
         return self._env
 
     def close(self) -> None:
@@ -94,7 +99,7 @@ class ObservedBatchEnv(BatchEnv):
 def _selected(env_id: str, space: gymnasium.Space, observed: list[int]) -> Box:
     if not isinstance(space, Box) or len(space.shape) != 1:
         raise UnsupportedEnvironmentError(
-            f"{env_id}: only entries of a one-dimensional Box can be chosen, not of {space}"
+            f"{env_id}: entries can only be selected from a one-dimensional Box, not from {space}"
         )
     size = space.shape[0]
     wrong = [entry for entry in observed if not 0 <= entry < size]

@@ -1,15 +1,15 @@
-"""Corrects the contact frames that mujoco-warp 4.0 gives a capsule on a plane.
+"""Corrects the contact frames of a capsule on a plane in mujoco-warp 4.0.
 
-MuJoCo turns the friction directions of such a contact along the capsule's axis, however steep the capsule stands.
-mujoco-warp does so only for capsules less than 60 degrees steep, because it compares the length of the axis's projection
-with 1/2 where MuJoCo compares that of the axis. With MuJoCo's pyramidal friction cones the directions matter: the
-accelerations of Ant differ by up to 12 %.
+MuJoCo aligns the friction directions of such a contact with the capsule's axis, at any inclination of the capsule.
+mujoco-warp does so only for inclinations below 60 degrees, because it compares the length of the projected axis with
+1/2, where MuJoCo compares that of the axis. With MuJoCo's pyramidal friction cones the directions matter: the
+accelerations of Ant differ by up to 12%.
 """
 
-# warp's types are those of its kernels, where vectors have entries and functions their source
+# pyright does not know warp's kernel types, in which vectors have entries and functions have their source
 # pyright: reportIndexIssue=false, reportFunctionMemberAccess=false, reportCallIssue=false, reportArgumentType=false
 
-# warp reads the source of what it compiles and evaluates its annotations, so they are not postponed here
+# warp reads the source of kernels and evaluates their annotations, so annotations are not postponed here
 
 import inspect
 
@@ -29,7 +29,7 @@ def _aligned_plane_capsule(  # noqa: ANN202 (warp infers it)
     radius: float,
     half_length: float,
 ):
-    """What mujoco-warp computes, with the frame along the capsule unless that is upright to the last digits."""
+    """Compute mujoco-warp's contacts, with the frame along the capsule unless the capsule is exactly upright."""
     distances, positions, frame = _plane_capsule(normal, plane_position, position, axis, radius, half_length)
     along = axis - normal * wp.dot(normal, axis)
     length = wp.length(along)
@@ -41,11 +41,11 @@ def _aligned_plane_capsule(  # noqa: ANN202 (warp infers it)
 
 
 def needs_correction() -> bool:
-    """Whether mujoco-warp's own function still has the fault."""
+    """Return whether mujoco-warp's own function still has the bug."""
     return _WRONG_COMPARISON in inspect.getsource(_plane_capsule.func)
 
 
 def correct_plane_capsule() -> None:
-    """Put the correction in place, before any model is compiled; does nothing where mujoco-warp needs none."""
+    """Install the correction, before any model is compiled; do nothing if mujoco-warp does not need it."""
     if needs_correction():
         collision_primitive.plane_capsule = _aligned_plane_capsule

@@ -1,4 +1,4 @@
-"""Registers our environments with Gymnasium as ``es_flipout/<id>``."""
+"""Registers the native environments with Gymnasium as ``es_flipout/<id>``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from es_flipout.envs.vector import NativeVectorEnv
 
 
 def register_native_envs() -> None:
-    """Make ``gymnasium.make_vec("es_flipout/<id>")`` our vector environment.
+    """Register vector environments for ``gymnasium.make_vec("es_flipout/<id>")``.
 
-    ``gymnasium.make`` of the same id is Gymnasium's own single environment, to which ours is equal.
+    ``gymnasium.make`` of the same id creates Gymnasium's own single environment, with the same results.
     """
     for env_id in native_env_ids():
         single = gymnasium.spec(env_id)

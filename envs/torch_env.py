@@ -1,4 +1,4 @@
-"""Environments written in torch: :class:`TorchTask` says what one is, :class:`TorchBatchEnv` steps a batch of it."""
+"""Environments written in torch: :class:`TorchTask` defines one, :class:`TorchBatchEnv` steps a batch of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from es_flipout.envs.native import NativeBatchEnv
 
 
 class TorchTask(ABC):
-    """One environment as functions over a batch; its dataclass fields are Gymnasium's keyword arguments.
+    """An environment as functions over a batch; its dataclass fields are Gymnasium's keyword arguments.
 
-    The state is ``(K, S)`` float64, one row per variable. A number that is not finite may appear in it: the batch
-    environment ends such a slot.
+    The state is ``(K, S)`` float64, with one row per variable. It may become non-finite: the batch environment ends
+    such a slot.
     """
 
     observation_space: ClassVar[gymnasium.spaces.Box]
@@ -27,30 +27,30 @@ class TorchTask(ABC):
 
     @abstractmethod
     def start(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """Draw the state in which an episode starts, ``(K,)``."""
+        """Draw the start state of an episode, ``(K,)``."""
 
     @abstractmethod
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One step.
+        """Compute one step.
 
         Args:
             state: ``(K, S)``.
             action: ``(S,)`` int64, or ``(S, A)`` float32.
 
         Returns:
-            The next state ``(K, S)``, reward ``(S,)`` float64 and terminated ``(S,)`` bool (``None``: never).
+            The next state ``(K, S)``, reward ``(S,)`` float64 and terminated ``(S,)`` bool (``None`` if never).
         """
 
     @abstractmethod
     def observe(self, state: Tensor) -> Tensor:
-        """The observation of a state, ``(S, O)`` float32."""
+        """Compute the observation of a state, ``(S, O)`` float32."""
 
 
 class TorchBatchEnv(NativeBatchEnv):
     """A batch of a :class:`TorchTask` on any device.
 
-    Nothing in :meth:`step` and :meth:`restart_where` waits for the host, and the state is updated in place. A slot whose
-    state stops being finite terminates with reward 0 and keeps its last finite state until it is reset.
+    :meth:`step` and :meth:`restart_where` never synchronize with the host, and the state is updated in place. A slot
+    whose state becomes non-finite terminates with reward 0 and keeps its last finite state until it is reset.
     """
 
     capturable: bool = True
@@ -58,7 +58,7 @@ class TorchBatchEnv(NativeBatchEnv):
     def __init__(
         self, env_id: str, task: TorchTask, num_envs: int, kwargs: Mapping[str, object], device: torch.device
     ) -> None:
-        """Make ``num_envs`` slots of ``task``, which was built from ``kwargs``, on ``device``."""
+        """Create ``num_envs`` slots of ``task``, which was built from ``kwargs``, on ``device``."""
         self._describe(env_id, kwargs, num_envs, device)
         self.observation_space = task.observation_space
         self.action_space = task.action_space
@@ -73,6 +73,10 @@ class TorchBatchEnv(NativeBatchEnv):
     def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
         """See :meth:`NativeBatchEnv.draw_start`."""
         return self._task.start(rng)
+
+    def states(self) -> Tensor:
+        """See :meth:`NativeBatchEnv.states`."""
+        return self._state.T.clone()
 
     def restart(self, rows: NDArray[np.intp], starts: NDArray[np.float64]) -> Tensor:
         """See :meth:`NativeBatchEnv.restart`."""
@@ -89,7 +93,7 @@ class TorchBatchEnv(NativeBatchEnv):
         return self._task.observe(self._state)
 
     def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See :meth:`BatchEnv.step`. Continuous actions are taken as float32, the dtype of the action space."""
+        """See :meth:`BatchEnv.step`. Continuous actions are converted to float32, the dtype of the action space."""
         expected = (self.num_envs, *(self.action_space.shape or ()))
         if action.shape != expected:
             raise ValueError(f"{self.env_id}: actions must have shape {expected}, got {tuple(action.shape)}")
@@ -105,7 +109,7 @@ class TorchBatchEnv(NativeBatchEnv):
         return self._task.observe(self._state), reward, terminated, self._count_step(live)
 
     def _count_step(self, live: Tensor | None) -> Tensor:
-        """Count a step of the live slots; the slots among them that are at the time limit, ``(S,)`` bool."""
+        """Count a step of the live slots, and return those that reached the time limit, ``(S,)`` bool."""
         self._elapsed.add_(1 if live is None else live)
         if self.max_episode_steps is None:
             return torch.zeros_like(self.diverged)

@@ -1,4 +1,4 @@
-"""Our batched environments as standard Gymnasium vector environments: :class:`NativeVectorEnv`."""
+"""The native environments as standard Gymnasium vector environments: :class:`NativeVectorEnv`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Result = tuple[NDArray[Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.
 
 
 class NativeVectorEnv(gymnasium.vector.VectorEnv):
-    """Behaves as ``SyncVectorEnv`` over ``gymnasium.make(env_id, **kwargs)``, except that ``info`` has no details.
+    """Behaves like ``SyncVectorEnv`` over ``gymnasium.make(env_id, **kwargs)``, except that ``info`` has no details.
 
-    Each slot has a NumPy generator of its own, seeded by :meth:`reset` and consumed by every new episode of the slot.
+    Each slot has its own NumPy generator, which :meth:`reset` seeds and every new episode of the slot draws from.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class NativeVectorEnv(gymnasium.vector.VectorEnv):
         threads: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Make the environments.
+        """Create the environments.
 
         Args:
             env_id: one of :func:`es_flipout.envs.native_env_ids`.
@@ -58,8 +58,8 @@ class NativeVectorEnv(gymnasium.vector.VectorEnv):
         """Start new episodes.
 
         Args:
-            seed: one seed (slot ``i`` gets ``seed + i``), one for each slot, or ``None`` to continue the generators.
-            options: ``{"reset_mask": (num_envs,) bool}`` resets only the chosen slots.
+            seed: one seed (slot ``i`` gets ``seed + i``), one per slot, or ``None`` to continue the generators.
+            options: ``{"reset_mask": (num_envs,) bool}`` resets only the selected slots.
 
         Returns:
             Observations ``(num_envs, O)`` and an empty info.
@@ -89,7 +89,7 @@ class NativeVectorEnv(gymnasium.vector.VectorEnv):
         return observation.numpy(), *outcome, {}
 
     def render(self) -> None:
-        """Not supported: make the single environment with ``gymnasium.make`` and a ``render_mode`` instead."""
+        """Not supported; create a single environment with ``gymnasium.make`` and a ``render_mode`` instead."""
         raise NotImplementedError(f"{self} does not render; use gymnasium.make(..., render_mode=...)")
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -98,13 +98,13 @@ class NativeVectorEnv(gymnasium.vector.VectorEnv):
         self._env.close()
 
     def _restart(self, mask: NDArray[np.bool_]) -> NDArray[Any]:
-        """Start new episodes in the slots of ``mask`` from their generators; observations of all slots."""
+        """Start new episodes in the slots of ``mask`` from their generators, and return observations of all slots."""
         rows = np.flatnonzero(mask)
         starts = [self._env.draw_start(self._generator(index)) for index in rows.tolist()]
         return self._env.restart(rows, np.stack(starts)).numpy()
 
     def _generator(self, index: int) -> np.random.Generator:
-        """The generator of a slot; one that was never seeded starts from the operating system's entropy."""
+        """Return the generator of a slot; one that was never seeded is seeded with entropy of the operating system."""
         generator = self._generators[index]
         if generator is None:
             generator = self._generators[index] = seeding.np_random()[0]
@@ -116,11 +116,11 @@ class NativeVectorEnv(gymnasium.vector.VectorEnv):
         if isinstance(seed, int):
             return [seed + index for index in range(self.num_envs)]
         if len(seed) != self.num_envs:
-            raise ValueError(f"{self.num_envs} slots need as many seeds, got {len(seed)}")
+            raise ValueError(f"expected {self.num_envs} seeds, one per slot, got {len(seed)}")
         return seed
 
     def _reset_mask(self, options: dict[str, Any]) -> NDArray[np.bool_]:
-        """The slots to reset: those of ``options["reset_mask"]``, or all."""
+        """Return the slots to reset: those of ``options["reset_mask"]``, or all."""
         unknown = [name for name in options if name != "reset_mask"]
         if unknown:
             raise ValueError(f"unsupported reset option {unknown[0]!r}; only 'reset_mask' is supported")
@@ -130,12 +130,12 @@ class NativeVectorEnv(gymnasium.vector.VectorEnv):
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
             raise TypeError("options['reset_mask'] must be a NumPy array of bool")
         if mask.shape != (self.num_envs,) or not mask.any():
-            raise ValueError(f"options['reset_mask'] must have shape ({self.num_envs},) and choose at least one slot")
+            raise ValueError(f"options['reset_mask'] must have shape ({self.num_envs},) and select at least one slot")
         return mask
 
 
 def _final_info(observation: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str, Any]:
-    """The info of a step in which slots ended and were reset at once, in the form of ``SyncVectorEnv``."""
+    """Return the info of a step in which slots ended and were reset immediately, in the format of ``SyncVectorEnv``."""
     final = np.full(len(ended), None, object)
     for index in np.flatnonzero(ended):
         final[index] = observation[index].copy()

@@ -1,6 +1,6 @@
 """Many simulations of one MuJoCo model in mujoco-warp, with torch views of their fields: :class:`WarpPhysics`."""
 
-# MuJoCo has its names from a compiled module without type stubs
+# MuJoCo's names come from a compiled module without type stubs
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from es_flipout.envs.base import UnsupportedEnvironmentError
 
-# Before mujoco_warp, which may initialize warp: by default that greets on stdout and warns where there is no driver.
+# Before importing mujoco_warp, which may initialize warp: by default, this prints a banner and warns without a driver.
 if wp.config.log_level == wp.LOG_INFO:
     wp.config.log_level = wp.LOG_ERROR
 
@@ -25,25 +25,26 @@ from es_flipout.envs.plane_capsule import correct_plane_capsule
 
 correct_plane_capsule()
 
-# The oldest CUDA whose graphs can hold the solver's loop, and the first Linux drivers of the versions that can be needed.
+# The oldest CUDA version whose graphs support the solver's loop, and the first Linux drivers of possible versions.
 _CUDA_OF_CONDITIONAL_NODES = (12, 4)
 _DRIVERS = {(12, 4): 550, (13, 0): 580}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much room mujoco-warp is given.
+    """Sizes of mujoco-warp's arrays.
 
     Attributes:
-        contacts: contacts per simulation on average; the room is shared by all simulations.
-        constraints: rows of constraints (contacts have several, joint limits one) of a single simulation.
+        contacts: average number of contacts per simulation; all simulations share the memory.
+        constraints: maximum number of constraint rows (several per contact, one per joint limit) of a single
+            simulation.
     """
 
     contacts: int
     constraints: int
 
 
-# About twice what random and bang-bang controls needed at most over 600 control steps without ends.
+# About twice the maximum for random and bang-bang controls over 600 control steps without termination.
 SIZES: Mapping[str, Sizes] = {
     "inverted_pendulum.xml": Sizes(4, 8),
     "inverted_double_pendulum.xml": Sizes(4, 8),
@@ -61,14 +62,14 @@ FOREIGN_MODEL = Sizes(64, 256)
 
 
 def missing_driver(toolkit: tuple[int, int] | None, driver: tuple[int, int] | None) -> str | None:
-    """What is wrong with the NVIDIA driver, in words; None if nothing is.
+    """Return the reason why the NVIDIA driver cannot be used; None if it can.
 
     Args:
-        toolkit: the CUDA version warp was built with; None without CUDA.
-        driver: the newest CUDA version the driver supports; None without a driver.
+        toolkit: the CUDA version that warp was built with; None without CUDA.
+        driver: the newest CUDA version that the driver supports; None without a driver.
     """
     if toolkit is None:
-        return "this build of warp has no CUDA"
+        return "this build of warp has no CUDA support"
     needed = max((toolkit[0], 0), _CUDA_OF_CONDITIONAL_NODES)
     if driver is not None and driver >= needed:
         return None
@@ -80,12 +81,12 @@ def missing_driver(toolkit: tuple[int, int] | None, driver: tuple[int, int] | No
 class WarpPhysics:
     """``S`` simulations of one model on a CUDA device, or on warp's CPU device for tests.
 
-    On CUDA, :meth:`step` and :meth:`forward` are one captured CUDA graph each, launched on torch's current stream: they
-    are ordered with torch's work and nothing waits for the host. (Eagerly, the solver's loop would ask the host after
-    every iteration.) While torch captures a graph on that stream, they add their kernels to it instead.
+    On CUDA, :meth:`step` and :meth:`forward` are one captured CUDA graph each, launched on torch's current stream. They
+    are ordered with torch's work and never synchronize with the host (without a graph, the solver's loop would do so
+    after every iteration). While torch captures a graph on that stream, they add their kernels to it instead.
 
     Attributes:
-        views: torch views of the fields by name, ``(S, ...)`` float32; write to them in place only.
+        views: torch views of the fields by name, ``(S, ...)`` float32; modify in place only.
     """
 
     def __init__(
@@ -99,19 +100,19 @@ class WarpPhysics:
         forces: bool,
         sizes: Sizes,
     ) -> None:
-        """Put the model on the device, compile what it needs and bring all simulations to its reference state.
+        """Copy the model to the device, compile kernels and set all simulations to the reference state.
 
         Args:
-            model: the model; its solver becomes Newton if it is PGS, which mujoco-warp does not have.
+            model: the model; the PGS solver, which mujoco-warp does not support, is replaced by Newton.
             num_worlds: ``S``.
             device: a CUDA device, or the CPU.
             fields: names of the ``MjData`` fields to view.
-            steps: physics steps of one :meth:`step`.
-            forces: compute the contact forces on the bodies (``cfrc_ext``) at the end of :meth:`step`.
-            sizes: room for contacts and constraints.
+            steps: physics steps per :meth:`step`.
+            forces: whether to compute the contact forces on the bodies (``cfrc_ext``) at the end of :meth:`step`.
+            sizes: maximum numbers of contacts and constraints.
 
         Raises:
-            UnsupportedEnvironmentError: the driver is too old, or the model uses what mujoco-warp does not have.
+            UnsupportedEnvironmentError: the driver is too old, or mujoco-warp does not support the model.
         """
         wp.init()
         if device.type == "cuda" and (
@@ -138,17 +139,17 @@ class WarpPhysics:
             self._capture()
 
     def step(self) -> None:
-        """Advance all simulations by the control step's physics steps."""
+        """Advance all simulations by one control step."""
         self._run(self._enqueue_step)
 
     def forward(self) -> None:
-        """Compute the derived fields of all simulations from their state, as ``mj_forward``."""
+        """Compute the derived fields of all simulations from their state, like ``mj_forward``."""
         self._run(self._enqueue_forward)
 
     def overflow(self) -> int:
-        """The simulations that found no room for a contact or constraint since the last call; waits for the device.
+        """Return the number of simulations that exceeded the sizes since the last call; synchronizes with the device.
 
-        All simulations share the room for contacts: when it is full, all of them count.
+        All simulations share the memory for contacts: when it is full, all of them count.
         """
         count = int(self._overflow.count_nonzero())
         self._overflow.zero_()
@@ -174,19 +175,19 @@ class WarpPhysics:
             assert graph is not None
             wp.capture_launch(graph, stream=stream)
             return
-        # a graph that allocates memory or loops cannot be a part of another, so its kernels are
+        # a graph that allocates memory or loops cannot be a child graph, so its kernels are added instead
         with wp.ScopedStream(stream, sync_enter=False), wp.ScopedCapture(stream=stream, external=True):
             enqueue()
 
     def _stream(self) -> wp.Stream:
-        """Torch's current stream, for warp."""
+        """Return torch's current stream for warp."""
         stream = torch.cuda.current_stream(self._device)
         if stream.cuda_stream not in self._streams:
             self._streams[stream.cuda_stream] = wp.stream_from_torch(stream)
         return self._streams[stream.cuda_stream]
 
     def _capture(self) -> None:
-        """Run everything once, which compiles it, then record the graphs."""
+        """Run everything once, which compiles the kernels, then capture the graphs."""
         torch.cuda.synchronize(self._device)
         side = wp.stream_from_torch(torch.cuda.Stream(self._device))
         with wp.ScopedStream(side):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-# Without this, MKL may round a row of a product differently depending on its memory alignment, and so on the member's slot.
-# MKL reads the variable at its first call, so it is set before anything is computed; a value set by the user is kept.
+# Without this, MKL may round a row of a product differently depending on its memory alignment, and so on the member's
+# slot. MKL reads the variable at its first call, so it is set before anything is computed; a value set by the user is
+# kept.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # Importing torch takes seconds, so names are imported on first use.

@@ -76,6 +76,8 @@ class Task:
     """Initial limit on the steps of training episodes; it grows to the environment's time limit."""
     episode_cap_until: float = 0.5
     """Fraction of the run after which episodes are no longer capped."""
+    horizon: int | None = None
+    """Steps of an episode per generation; the next one continues it. None plays whole episodes."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -85,7 +87,10 @@ class Task:
         """
         _check_choices(self)
         _at_least_one(self, "episodes")
-        _at_least_one_or_none(self, "episode_cap")
+        _at_least_one_or_none(self, "episode_cap", "horizon")
+        if self.horizon is not None:
+            _require(self.episode_cap is None, "episode_cap", "left out with a horizon", self.episode_cap)
+            _require(self.start_states == "pair", "start_states", "pair with a horizon", self.start_states)
         if self.observed is not None:
             valid = all(entry >= 0 for entry in self.observed)
             _require(valid, "observed", "indices of 0 or greater", self.observed)
@@ -173,6 +178,8 @@ class Strategy:
     """Rank of each member's perturbation (low_rank)."""
     antithetic: bool = True
     """Evaluate each perturbation together with its negative."""
+    shaping: Literal["ranks", "differences"] = "ranks"
+    """Weights of the members: ranks among all, or scaled differences of antithetic partners."""
     optimizer: Literal["adam", "sgd", "clipup"] = "adam"
     """Optimizer of the mean weights."""
     learning_rate: float = 0.02
@@ -202,6 +209,8 @@ class Strategy:
         _require(self.population_size >= 2, "population_size", "at least 2", self.population_size)
         if self.antithetic:
             _require(self.population_size % 2 == 0, "population_size", "even (antithetic pairs)", self.population_size)
+        if self.shaping == "differences":
+            _require(self.antithetic, "shaping", "ranks without antithetic pairs", self.shaping)
         _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         _non_negative(self, "weight_decay")
 
@@ -235,7 +244,7 @@ class Schedule:
         _at_least_one_or_none(self, "generations", "env_steps")
 
     def progress(self, generation: int, env_steps: int) -> float:
-        """Return the completed fraction of the run, in [0, 1]: the larger of those in generations and environment steps."""
+        """Return the completed fraction of the run, in [0, 1]: the larger of generations' and environment steps'."""
         done = 0.0
         if self.generations is not None:
             done = max(done, generation / self.generations)
@@ -329,6 +338,17 @@ class TrainConfig:
         "compute": Compute,
         "logging": Logging,
     }
+
+    def __post_init__(self) -> None:
+        """Check what concerns several subjects.
+
+        Raises:
+            UserError: options contradict each other.
+        """
+        if self.task.horizon is not None:
+            _require(self.policy.kind != "recurrent", "policy", "one without memory with a horizon", self.policy.kind)
+            kind = self.compute.worker_kind
+            _require(kind == "engine", "worker_kind", "engine with a horizon", kind)
 
     @classmethod
     def of(cls, env_id: str, **fields: Any) -> TrainConfig:

@@ -1,7 +1,7 @@
 """One configuration per environment. Does not import torch.
 
-Presets with a row in ``results/learning_*`` were tuned; ``results/LOG.md`` lists what was tried. Walker2d, Ant, Humanoid
-and HumanoidStandup are untuned starting points without measured results.
+Presets with a row in ``results/learning_*`` were tuned; ``results/LOG.md`` lists what was tried. Walker2d, Ant,
+Humanoid and HumanoidStandup are untuned starting points without measured results.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _cartpole(env_id: str) -> TrainConfig:
 
 
 def _pendulum(env_id: str) -> TrainConfig:
-    # Many small generations with plain SGD: with Adam the outputs saturate before the policy balances. With as many bases as
-    # pairs, every pair has independent noise, which a population this small can afford (results/families_*).
+    # Many small generations with plain SGD: with Adam the outputs saturate before the policy balances. With as many
+    # bases as pairs, every pair has independent noise, which a population this small can afford (results/families_*).
     return TrainConfig.of(
         env_id,
         env_steps=1_500_000,
@@ -102,8 +102,9 @@ def _inverted_pendulum(env_id: str) -> TrainConfig:
 
 
 def _inverted_double_pendulum(env_id: str) -> TrainConfig:
-    # Almost the whole reward is the alive bonus: without it the policy learns to fall gently. Once no member falls, ranks only
-    # reward moving less; a small sigma and small steps would then yield a policy that is not robust, so sigma stays large.
+    # Almost the whole reward is the alive bonus: without it the policy learns to fall gently. Once no member falls,
+    # ranks only reward moving less; a small sigma and small steps would then yield a policy that is not robust, so
+    # sigma stays large.
     return TrainConfig.of(
         env_id,
         env_steps=1_000_000,

@@ -1,9 +1,10 @@
 """Addressed random numbers: a value is a pure function of (seed, generation, layer, stream, member).
 
-There is no generator state, so a member's perturbation is bitwise identical for any chunking, sharding, number of threads
-and device. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
-the key is the seed and the 128-bit counter is the address, so no two addresses can ever collide. Only integer operations,
-table look-ups and single additions and products are used: transcendental functions differ in the last bit across devices.
+There is no generator state, so a member's perturbation is bitwise identical for any chunking, sharding, number of
+threads and device. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011): the key is the seed and the 128-bit counter is the address, so no two addresses can ever collide. Only integer
+operations, table look-ups and single additions and products are used: transcendental functions differ in the last bit
+across devices.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Stream(IntEnum):
     LEFT_FACTOR = 5
     RIGHT_FACTOR = 6
     START_STATE = 7
+    CONTINUATION = 8
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The low 64 bits of the product are correct even if int64 wraps; the mask undoes the sign extension of the shift.
+        # The low 64 bits of the product are correct even if int64 wraps; the mask undoes the sign extension of the
+        # shift.
         product0 = c0 * _MULTIPLIERS[0]
         product1 = c2 * _MULTIPLIERS[1]
         high0 = product0 >> 32
@@ -113,12 +116,12 @@ def words(address: Address, stream: Stream, members: Tensor, count: int) -> Tens
 
 
 def signs(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
-    """Draw independent fair signs, ``(n, count)`` int8 with values exactly -1 and +1 (arguments as for :func:`words`)."""
+    """Draw independent fair signs, ``(n, count)`` int8, exactly -1 or +1 (arguments as for :func:`words`)."""
     return unpacked_signs(packed_signs(address, stream, members, count), count)
 
 
 def packed_signs(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
-    """Draw :func:`signs` as one bit each, ``(n, ceil(count / 32))`` int32; 1 stands for +1, the lowest bit comes first."""
+    """Draw :func:`signs` as one bit each, ``(n, ceil(count / 32))`` int32; 1 stands for +1, lowest bit first."""
     return words(address, stream, members, -(-count // 32)).to(torch.int32)
 
 
@@ -131,8 +134,9 @@ def unpacked_signs(packed: Tensor, count: int) -> Tensor:
 def normals(address: Address, stream: Stream, members: Tensor, count: int) -> Tensor:
     """Draw independent standard normal numbers, ``(n, count)`` float32 (arguments as for :func:`words`).
 
-    A number is the sum of two entries of a table of 2^16 equally likely normal quantiles, scaled to unit variance. There are
-    2^32 equally likely values up to 6 in magnitude; every operation rounds once, so all devices give the same bits.
+    A number is the sum of two entries of a table of 2^16 equally likely normal quantiles, scaled to unit variance.
+    There are 2^32 equally likely values up to 6 in magnitude; every operation rounds once, so all devices give the same
+    bits.
     """
     drawn = words(address, stream, members, count)
     table = _normal_table(members.device)
@@ -153,7 +157,7 @@ def _sign_table(device: torch.device) -> Tensor:
 
 @cache
 def _normal_table(device: torch.device) -> Tensor:
-    """Return the 2^16 midpoint quantiles of the normal distribution, antisymmetric, unit variance, ``(65536,)`` float32."""
+    """Return the 2^16 midpoint quantiles of a normal distribution, antisymmetric, variance 1, ``(65536,)`` float32."""
     normal = NormalDist()
     upper = torch.tensor([normal.inv_cdf((i + 0.5) / 65536) for i in range(32768, 65536)], dtype=torch.float64)
     upper /= upper.square().mean().sqrt()

@@ -31,7 +31,7 @@ def population_of(
     row_block: int | None = 32,
     **forward: Any,
 ) -> Population:
-    """Create a population of ``module`` on its device; with ``of``, a shard, from ``first`` on, of a population of that size."""
+    """Create a population of ``module``; with ``of``, a shard, from ``first`` on, of a population of that size."""
     members = Members(of or size, antithetic, next(module.parameters()).device, size, first)
     return Population(module, family, members, sigma, Address(seed, generation), ForwardSettings(row_block, **forward))
 

@@ -1,4 +1,4 @@
-"""The pages of docs/ lead somewhere, and what they show is valid."""
+"""Links in the pages of docs/ exist, and the commands and options they show are valid."""
 
 import re
 import tomllib
@@ -33,7 +33,7 @@ def test_cluster_file_fits_the_schema_of_the_installed_ray(monkeypatch: pytest.M
 
     config = yaml.safe_load((ROOT / "docs" / "cluster.yaml").read_text(encoding="utf-8"))
     util.validate_config(config)
-    with pytest.raises(Exception, match="no_such_key"):  # the schema does refuse what it does not know
+    with pytest.raises(Exception, match="no_such_key"):  # the schema rejects unknown keys
         util.validate_config(config | {"no_such_key": 1})
 
 

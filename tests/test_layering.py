@@ -1,4 +1,4 @@
-"""Imports go one way (the contracts in pyproject.toml), and what has to be imported fast loads nothing heavy."""
+"""Imports go one way (the contracts in pyproject.toml), and modules that must be fast to import load nothing heavy."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""Training learns: small tasks, fixed seeds, seconds; the score is that of Gymnasium's own environment.
+"""Training learns: small tasks with fixed seeds, a few seconds each, scored in Gymnasium's own environments.
 
-A run goes on until the mean policy is good in our environment, up to a limit that leaves room: other machines round
-otherwise, and a policy that is a bit better or worse changes everything that comes after.
+A run continues until the mean policy is good in the native environment, up to a generous limit: other machines round
+differently, and a small difference in a policy changes everything that follows.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def real_score(trainer: Trainer, episodes: int = 10) -> float:
 
 
 def learn(config: TrainConfig, start: float, goal: float) -> float:
-    """Train until ``goal`` is reached or the generations are over; returns the score in Gymnasium's environment."""
+    """Train until ``goal`` or the last generation is reached, and return the score in Gymnasium's environment."""
     trainer = make_trainer(config)
     assert trainer.score() < start, "nothing to learn"
     assert config.schedule.generations is not None
@@ -76,13 +76,13 @@ def test_inverted_pendulum() -> None:
 
 
 def test_nothing_is_learned_without_a_step() -> None:
-    # The measure itself: with steps too small to matter the score stays where it is.
+    # Tests the measure itself: with steps that are too small the score does not change.
     config = TrainConfig.of("CartPole-v1", generations=5, population_size=8, sigma=0.5, learning_rate=1e-9)
     assert learn(config, start=100, goal=500) < 100
 
 
 class Recall(gymnasium.Env):
-    """Shows a cue of -1 or 1, then nothing; pays for an action equal to the cue at the end. Without memory it cannot be known."""
+    """Shows a cue of -1 or 1 once, and rewards an action equal to the cue at the end, which requires memory."""
 
     observation_space = Box(-1, 1, (2,), np.float32)
     action_space = Box(-1, 1, (1,), np.float32)
@@ -99,7 +99,7 @@ class Recall(gymnasium.Env):
 
 
 class Spot(gymnasium.Env):
-    """An image with one bright pixel; the right action says in which quarter of the image it is."""
+    """An image with one bright pixel; the correct action is the quadrant of the image in which it is."""
 
     observation_space = Box(0, 255, (8, 8, 1), np.uint8)
     action_space = Discrete(4)

@@ -1,4 +1,4 @@
-"""What is built and installed is what the tree holds, and nothing generic lands in site-packages."""
+"""Built and installed packages contain the files of the tree, and no generic names end up in site-packages."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
-    """Run a command outside the tree; returns what it printed."""
+    """Run a command outside the tree and return its output."""
     done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -21,7 +21,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel from a copy of the sources: a build leaves folders behind and takes in what earlier ones left."""
+    """Build a wheel from a copy of the sources: builds leave folders behind, and pick up those of earlier ones."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)

@@ -1,4 +1,4 @@
-"""The README says what the results say, and its example runs."""
+"""The README is consistent with the results, and its examples run."""
 
 import re
 import subprocess

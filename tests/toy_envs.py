@@ -1,4 +1,4 @@
-"""A small environment that recognizes its own steps, and a population that signs its actions: for rollout tests."""
+"""For rollout tests: an environment that can identify each of its steps, and a population that signs its actions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from es_flipout.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Step:
-    """One live step: episode (by its seed), number of the step in it (from 1), what went in and came out."""
+    """One live step: its episode (by seed), its number in the episode (from 1), inputs and outputs."""
 
     seed: int
     t: int
@@ -27,16 +27,16 @@ class Step:
 
 
 class ToyEnv(BatchEnv):
-    """Episodes whose length follows from their seed; refuses to step a finished slot or to restart a running one.
+    """Episodes whose length depends on their seed; stepping a finished slot or restarting a running one is an error.
 
     By default observations are ``(seed, t, 1)`` and rewards ``1000 * seed + t``: whole numbers, whose sums are exact.
-    With ``obs_dim`` the state moves chaotically under the actions instead, in [-1, 1], so that a single wrong bit shows in
-    the return; only operations that round alike in every slot are used. A step that the caller's own limit
-    ``caller_cap`` should have prevented is refused too.
+    With ``obs_dim`` the state instead moves chaotically under the actions, in [-1, 1], so that a single wrong bit shows
+    in the return; all operations round identically in every slot. Steps beyond the caller's limit ``caller_cap`` are
+    errors, too.
 
     Attributes:
-        trace: all live steps, in the order played.
-        masks: the ``live`` of every call of :meth:`step`, None spelled out.
+        trace: all live steps, in the order in which they were played.
+        masks: ``live`` of every call of :meth:`step`, with None replaced by a mask.
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class ToyEnv(BatchEnv):
 
 
 class SignedPopulation:
-    """Member ``n`` always acts ``n``, whatever it sees.
+    """A population whose member ``n`` always returns the action ``n``.
 
     Attributes:
-        rows_computed: the rows of every forward.
+        rows_computed: number of rows of every forward.
     """
 
     def __init__(self, size: int) -> None:
@@ -159,6 +159,6 @@ class SignedRows:
 
 
 def lanes_of(trainer: Trainer) -> tuple[BatchEnv, ...]:
-    """The environments in which a trainer plays by itself."""
+    """Return the environments of a trainer with a :class:`LocalPlayer`."""
     assert isinstance(trainer.player, LocalPlayer)
     return trainer.player.envs

@@ -6,15 +6,15 @@
 - ``engine_ray``: this engine on Ray, with one single-threaded worker per core of this machine.
 
 All play generations of the same population size around the same mean policy (untrained, or that of a run) with the same
-network, in :meth:`Trainer.generation` as ``es-flipout train`` runs it (ask, play, tell; no scoring). The learning rate is so
-small that the policy stays the same. Episodes are not shortened. Only live environment steps count, and warm-up is excluded;
-rounds are interleaved, and ratios are taken within a round.
+network, in :meth:`Trainer.generation` as ``es-flipout train`` runs it (ask, play, tell; no scoring). The learning rate
+is so small that the policy stays the same. Episodes are not shortened. Only live environment steps count, and warm-up
+is excluded; rounds are interleaved, and ratios are taken within a round.
 
-One extra generation of each contender, which is not counted, gives the split of time: physics (``step`` and ``reset`` of the
-environment), policy (the rest of a worker's time), communication (the rest of the playing time: messages, and waiting for the
-last worker) and update (ask and tell). The equivalent number of cores is the engine's rate divided by that of one classic
-worker, which is the slope of a line fitted to all measured numbers of workers. Beyond the cores of this machine it is an
-extrapolation, and the report says so.
+One extra generation of each contender, which is not counted, gives the split of time: physics (``step`` and ``reset``
+of the environment), policy (the rest of a worker's time), communication (the rest of the playing time: messages, and
+waiting for the last worker) and update (ask and tell). The equivalent number of cores is the engine's rate divided by
+that of one classic worker, which is the slope of a line fitted to all measured numbers of workers. Beyond the cores of
+this machine it is an extrapolation, and the report says so.
 """
 
 from __future__ import annotations

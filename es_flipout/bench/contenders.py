@@ -113,7 +113,7 @@ class Contender:
         return lambda: timed(play)
 
     def split(self) -> Mapping[str, float | None]:
-        """Run one generation and return the fractions of its time by stage; None for stages that cannot be separated."""
+        """Run one generation and return fractions of its time by stage; None for stages that cannot be separated."""
         self._choose_workers()
         player = self.trainer.player
         if isinstance(player, ClassicPlayer):

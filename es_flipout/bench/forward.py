@@ -1,11 +1,11 @@
 """``bench forward``: the population forward against plain inference of the unperturbed network at the same batch size.
 
 There is one member per row. Populations are prepared as in a rollout (members are selected once), and only forwards are
-timed. ``vmap`` is ``torch.func.vmap`` over stacked dense parameters, as general-purpose toolboxes do it. Methods that would
-exceed the memory limit are skipped, and the table shows the bytes they would need.
+timed. ``vmap`` is ``torch.func.vmap`` over stacked dense parameters, as general-purpose toolboxes do it. Methods that
+would exceed the memory limit are skipped, and the table shows the bytes they would need.
 
-The second table is the memory of 65,536 members of a Humanoid policy: the bytes actually stored, found by walking all tensors
-that a population (and a selection of it, with as many members as a rollout has slots) holds.
+The second table is the memory of 65,536 members of a Humanoid policy: the bytes actually stored, found by walking all
+tensors that a population (and a selection of it, with as many members as a rollout has slots) holds.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _measure_memory(options: ForwardBench) -> list[dict[str, Any]]:
 def _forward_table(options: ForwardBench, points: list[dict[str, Any]]) -> Table:
     table = Table(
         title="Population forward ÷ plain inference of the unperturbed network (rates)",
-        caption=f"Median of {options.rounds} rounds (smallest-largest); - was skipped, as it would need the given memory.",
+        caption=f"Median of {options.rounds} rounds (smallest-largest); - was skipped, with the memory it would need.",
     )
     for name in ("width", "population", "plain ms", *options.families):
         table.add_column(name, justify="right")

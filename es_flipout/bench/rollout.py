@@ -3,16 +3,16 @@
 - ``physics``: ``mujoco.batch.Batch`` alone, with the model, options, threads and number of simulations of the training
   run. It replays the start states and actions of a generation, so that it steps through the same contacts, but has no
   policy, observations or rewards.
-- ``training``: :meth:`Trainer.generation` as ``es-flipout train`` runs it (ask, play, tell; no scoring), with a learning
-  rate so small that the policies, and therefore the physics, stay the same from round to round.
+- ``training``: :meth:`Trainer.generation` as ``es-flipout train`` runs it (ask, play, tell; no scoring), with a
+  learning rate so small that the policies, and therefore the physics, stay the same from round to round.
 - ``gymnasium``: ``gymnasium.make_vec(..., "async")`` with the same policy network in torch; the better of 2 and 32
   environments.
 
 Ant, Humanoid and HumanoidStandup need contact forces, which ``mj_step`` does not compute; ``physics_and_forces`` is the
 bare physics with them (``mj_rnePostConstraint`` after each step, as in Gymnasium).
 
-Episode length is chosen to fit the duration of a measurement, up to the environment's own limit. If episodes ended early,
-training and bare physics would do different work, so falling does not end the episodes of walkers and humanoids
+Episode length is chosen to fit the duration of a measurement, up to the environment's own limit. If episodes ended
+early, training and bare physics would do different work, so falling does not end the episodes of walkers and humanoids
 (``terminate_when_unhealthy=False``).
 """
 

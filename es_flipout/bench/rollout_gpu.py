@@ -2,12 +2,12 @@
 
 - ``physics``: mujoco-warp alone, as one CUDA graph per control step, with the worlds, start states and actions of a
   generation of the training run: the same contacts, but no policy, observations, rewards or bookkeeping.
-- ``training``: :meth:`Trainer.generation` as ``es-flipout train --device cuda`` runs it (ask, play, tell; no scoring), with
-  one member per world, and a learning rate so small that the policies, and therefore the physics, stay the same.
+- ``training``: :meth:`Trainer.generation` as ``es-flipout train --device cuda`` runs it (ask, play, tell; no scoring),
+  with one member per world, and a learning rate so small that the policies, and therefore the physics, stay the same.
 
 Both measurements end when all work on the device has finished. Episodes have equal length, see
-:mod:`es_flipout.bench.rollout`; the longer they are, the less the fixed cost of a generation matters (drawing members and
-start states, the update).
+:mod:`es_flipout.bench.rollout`; the longer they are, the less the fixed cost of a generation matters (drawing members
+and start states, the update).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Interleaved timing: contenders are measured in turn (A B C A B C ...), and ratios are taken within a round.
 
-A busy or throttled machine slows down consecutive measurements alike, so a ratio within a round varies much less than the
-rates themselves.
+A busy or throttled machine slows down consecutive measurements alike, so a ratio within a round varies much less than
+the rates themselves.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def repeated(call: Callable[[], object], seconds: float, clock: Callable[[], flo
 
 
 def repeated_on(device: torch.device, call: Callable[[], object], seconds: float) -> Measure:
-    """Like :func:`repeated`, but CUDA events measure the time on a GPU, and a measurement waits for all launched work."""
+    """Like :func:`repeated`, but on CUDA, events measure the time, and a measurement waits for all launched work."""
     if device.type != "cuda":
         return repeated(call, seconds)
 

@@ -1,10 +1,10 @@
 """``bench forward --device cuda``: every implementation ("way") of the population forward against plain inference.
 
-All ways of a point share inputs and sizes, with one member per row, and are measured in turn. On CUDA a way is the replay of
-its CUDA graph, which excludes launch overhead from Python, unless its name ends in ``eager``. ``plain_compiled`` is the
-unperturbed network compiled by ``torch.compile`` with ``max-autotune``, with a graph. It is the reference of all ratios;
-where it is not measured (on the CPU), ``plain`` is. ``ieee`` is float32 throughout; ``tf32`` and ``bf16`` are the formats of
-the inputs of matrix products, also in plain inference.
+All ways of a point share inputs and sizes, with one member per row, and are measured in turn. On CUDA a way is the
+replay of its CUDA graph, which excludes launch overhead from Python, unless its name ends in ``eager``.
+``plain_compiled`` is the unperturbed network compiled by ``torch.compile`` with ``max-autotune``, with a graph. It is
+the reference of all ratios; where it is not measured (on the CPU), ``plain`` is. ``ieee`` is float32 throughout;
+``tf32`` and ``bf16`` are the formats of the inputs of matrix products, also in plain inference.
 """
 
 from __future__ import annotations

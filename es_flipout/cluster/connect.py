@@ -40,7 +40,7 @@ class Connection:
     """
 
     def __init__(self, address: str | None = None, cores: int | None = None) -> None:
-        """Join the cluster at ``address``, or start Ray on this machine, unless this process is already connected to Ray.
+        """Join the cluster at ``address`` or start Ray on this machine, unless this process is already connected.
 
         Args:
             address: ``host:port``, ``ray://host:port`` or ``auto`` (the cluster this machine belongs to).

@@ -47,7 +47,8 @@ class Pool:
 
         Args:
             connection: connection to Ray.
-            make: starts one actor; its method ``ready`` returns once it can work, and :attr:`answers` keeps the results.
+            make: starts one actor; its method ``ready`` returns once it can work, and :attr:`answers` keeps the
+                results.
             count: number of actors.
             start_s: time limit for starting them, in seconds.
 

@@ -1,10 +1,11 @@
 """The engine on Ray: every worker plays shards of the population, and sends back only returns, lengths and moments.
 
-Workers receive the mean weights and observation statistics once per generation (one copy per node), and for every shard its
-first member, its size and a start seed of 8 bytes per episode. A worker draws the perturbations of the members itself, since
-they are addressed by member. It sends back 16 bytes per episode (return and length), and two sums over observations for every
-``MOMENT_BLOCK`` episodes. The result is bitwise identical to that of one process, for any assignment of shards to workers. On
-GPUs, one per worker, this requires identical GPUs, the Triton kernels and deterministic physics.
+Workers receive the mean weights and observation statistics once per generation (one copy per node), and for every shard
+its first member, its size and a start seed of 8 bytes per episode. A worker draws the perturbations of the members
+itself, since they are addressed by member. It sends back 16 bytes per episode (return and length), and two sums over
+observations for every ``MOMENT_BLOCK`` episodes. The result is bitwise identical to that of one process, for any
+assignment of shards to workers. On GPUs, one per worker, this requires identical GPUs, the Triton kernels and
+deterministic physics.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from es_flipout.policies.networks import initial_state
 from es_flipout.policies.observation_norm import Moments, ObservationNorm
 from es_flipout.randomness import Address
 from es_flipout.rollout.builder import Parts, build, family_of, forward_settings, local_player, make_strategy, slots_for
-from es_flipout.rollout.episodes import MOMENT_BLOCK, Episodes, Rollout, ShouldStop
+from es_flipout.rollout.episodes import MOMENT_BLOCK, Ends, Episodes, Rollout, Segments, ShouldStop
 from es_flipout.rollout.players import LocalPlayer, Player
 from es_flipout.runinfo import versions
 from es_flipout.strategy.population import ForwardSettings, Population
@@ -54,11 +55,20 @@ class Generation:
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive members: the number of the first one, and the seeds of their start states ``(n, E)`` int64."""
+    """Consecutive members: the number of the first, and their episodes.
+
+    Attributes:
+        first: number of the first member.
+        seeds: ``(n, E)`` int64.
+        moment_jobs: the number of first jobs of the shard whose observations are summed.
+        segments: states ``(n, E, K)`` and elapsed steps ``(n, E)`` of episodes that continue, see
+            :class:`es_flipout.rollout.episodes.Segments`; None to play from the start.
+    """
 
     first: int
     seeds: NDArray[np.int64]
     moment_jobs: int
+    segments: tuple[NDArray[np.float64], NDArray[np.int64]] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ class Outcome:
     squares: NDArray[np.float64]
     diverged: int
     alive_bonus: float
+    ends: tuple[NDArray[np.float64], NDArray[np.bool_]] | None
 
 
 class ShardWorker:
@@ -109,8 +120,10 @@ class ShardWorker:
         address = Address(self._config.schedule.seed, generation.number)
         family = family_of(self._config)
         population = Population(agent.module, family, members, generation.sigma, address, self._forward)
-        seeds = torch.from_numpy(shard.seeds.copy())
-        episodes = Episodes(seeds, generation.step_cap, generation.remove_alive_bonus, shard.moment_jobs)
+        seeds, segments = torch.from_numpy(shard.seeds.copy()), None
+        if shard.segments is not None:
+            segments = Segments(*(torch.from_numpy(values.copy()) for values in shard.segments))
+        episodes = Episodes(seeds, generation.step_cap, generation.remove_alive_bonus, shard.moment_jobs, segments)
         rollout = self._player.play(population, episodes)
         blocks = rollout.moment_blocks
         return Outcome(
@@ -121,6 +134,7 @@ class ShardWorker:
             blocks.squares.numpy(),
             rollout.diverged,
             rollout.alive_bonus,
+            None if rollout.ends is None else (rollout.ends.states.numpy(), rollout.ends.running.numpy()),
         )
 
 
@@ -129,8 +143,8 @@ def settings_like(
 ) -> ForwardSettings:
     """Find the smallest row block for ``rows`` rows at a time that rounds like the row block of ``settings``.
 
-    How a BLAS rounds a row depends only on the shapes, so a trial with random numbers is enough: another order of operations
-    would change some of the thousands of outputs.
+    How a BLAS rounds a row depends only on the shapes, so a trial with random numbers is enough: another order of
+    operations would change some of the thousands of outputs.
     """
     reference = settings.row_block
     assert reference is not None, "CPU settings always have a row block"
@@ -180,8 +194,8 @@ class ShardedPlayer(Player):
             reserve_cores: whether Ray reserves cores for these workers; otherwise they may share them with others.
 
         Raises:
-            UserError: Ray is not installed, no cluster answers, no worker starts, or workers have other package versions
-                than this process.
+            UserError: Ray is not installed, no cluster answers, no worker starts, or workers have other package
+                versions than this process.
         """
         self.agent, self.max_episode_steps, self._home = home.agent, home.max_episode_steps, home
         self._connection = connection = Connection(config.compute.ray_address)
@@ -213,10 +227,7 @@ class ShardedPlayer(Player):
             return self._home.play(population, episodes, should_stop)
         episodes.check(population.size)
         generation = Generation(population.generation, population.sigma, episodes.step_cap, episodes.remove_alive_bonus)
-        shards = [
-            Shard(first, part.numpy(), min(max(episodes.moment_jobs - first * episodes.count, 0), part.numel()))
-            for first, part in zip(range(0, population.size, self.size), episodes.seeds.split(self.size), strict=True)
-        ]
+        shards = [_shard(episodes, first, self.size) for first in range(0, population.size, self.size)]
         weights = self._connection.ray.put(_weights(population, self.agent))
         outcomes = self.pool.work(
             shards, lambda actor, shard: actor.play.remote(generation, shard, weights), should_stop
@@ -229,6 +240,15 @@ class ShardedPlayer(Player):
             self.pool.close()
         self._connection.close()
         self._home.close()
+
+
+def _shard(episodes: Episodes, first: int, size: int) -> Shard:
+    """Return the episodes of at most ``size`` members from ``first`` on."""
+    here, segments = slice(first, first + size), episodes.segments
+    seeds = episodes.seeds[here]
+    moment_jobs = min(max(episodes.moment_jobs - first * episodes.count, 0), seeds.numel())
+    parts = None if segments is None else (segments.states[here].numpy(), segments.elapsed[here].numpy())
+    return Shard(first, seeds.numpy(), moment_jobs, parts)
 
 
 def _weights(population: Population, agent: Agent) -> Arrays:
@@ -244,13 +264,13 @@ def _rollout(outcome: Outcome) -> Rollout:
         torch.from_numpy(values.copy())  # arrays from Ray's object store are read-only
         for values in (outcome.returns, outcome.lengths, outcome.total, outcome.squares)
     )
-    return Rollout(
-        returns, lengths, Moments(outcome.steps_observed, total, squares), outcome.diverged, outcome.alive_bonus
-    )
+    ends = None if outcome.ends is None else Ends(*(torch.from_numpy(values.copy()) for values in outcome.ends))
+    moments = Moments(outcome.steps_observed, total, squares)
+    return Rollout(returns, lengths, moments, outcome.diverged, outcome.alive_bonus, ends)
 
 
 def _workers_and_threads(config: TrainConfig, connection: Connection) -> tuple[int, int]:
-    """Return the numbers of workers and of threads per worker: one worker per GPU or core, unless shards would be too small.
+    """Return the numbers of workers and threads per worker: one worker per GPU or core, unless shards are too small.
 
     Raises:
         UserError: GPUs are requested, but the cluster has none or too few.

@@ -1,7 +1,7 @@
 """Triton kernels, each with a twin in plain torch, and the decision whether to use them.
 
-Triton is optional: only the submodules import it. With ``TRITON_INTERPRET=1``, set before Triton is imported, the kernels run
-on the CPU (slowly), which is how they are tested without a GPU.
+Triton is optional: only the submodules import it. With ``TRITON_INTERPRET=1``, set before Triton is imported, the
+kernels run on the CPU (slowly), which is how they are tested without a GPU.
 """
 
 from __future__ import annotations

@@ -123,12 +123,13 @@ def linear_torch(
 
 
 def linear_by_library(x: Tensor, layer: FlipoutLayer, noise: MemberNoise) -> Tensor:
-    """Compute :func:`linear` without an activation, for wide layers: torch computes both products, kernels only apply signs.
+    """Compute :func:`linear` without activation, for wide layers: torch computes products, kernels only apply signs.
 
     Args:
         x: ``(n, in)``, of the dtype of the weight.
-        layer: a layer with one base. If the base is float8_e4m3fn, the inputs of its product are converted to that type too (on
-            CUDA, with sizes that are multiples of 16): the noise then uses 4 significant bits of the inputs, the mean all.
+        layer: a layer with one base. If the base is float8_e4m3fn, the inputs of its product are converted to that type
+            too (on CUDA, with sizes that are multiples of 16): the noise then uses 4 significant bits of the inputs,
+            the mean all.
         noise: the members and sigma; the precision is that of the dtypes.
 
     Returns:
@@ -216,7 +217,7 @@ _linear = Tuned(
 
 
 def _configs(size_out: int, size_in: int, precision: Precision) -> tuple[triton.Config, ...]:
-    """Return block sizes to try; on tensor cores, only those that use the same instructions and so give the same bits."""
+    """Return block sizes to try; on tensor cores, only those with the same instructions and so the same bits."""
     if interpreted():
         return (config(BLOCK_M=32, BLOCK_N=block(size_out, 32), BLOCK_K=block(size_in, 32)),)
     n, k = block(size_out, 64), block(size_in, 32)

@@ -1,7 +1,7 @@
 """A low-rank layer of all members: a kernel for the members' own terms, and the library's product with the mean.
 
-``y = x W^T + scale (x . right) left + bias``: the kernel reads the factors of each member once and writes the addend of the
-product with the mean, which then accumulates into it.
+``y = x W^T + scale (x . right) left + bias``: the kernel reads the factors of each member once and writes the addend of
+the product with the mean, which then accumulates into it.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false

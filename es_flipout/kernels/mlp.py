@@ -35,7 +35,7 @@ _MOST_ROWS = 128  # maximum number of rows per program
 
 
 def fits(layers: Sequence[FlipoutLayer]) -> bool:
-    """Return whether :func:`mlp` supports the layers: up to ``MOST_LAYERS``, with up to ``WIDEST`` outputs and one base each."""
+    """Return whether :func:`mlp` supports the layers: at most ``MOST_LAYERS``, of ``WIDEST`` outputs, one base each."""
     return 1 <= len(layers) <= MOST_LAYERS and all(
         layer.weight.shape[0] <= WIDEST and len(layer.base) == 1 for layer in layers
     )
@@ -91,8 +91,8 @@ def mlp_torch(x: Tensor, layers: Sequence[FlipoutLayer], noise: MemberNoise) -> 
 
 
 # There are two ways to keep activations on the chip. In narrow networks they are a tuple of tiles of BLOCK_N columns in
-# registers, with unrolled loops over the tiles, because Triton cannot slice a tile. In wider networks they go through a buffer
-# that stays in the caches: every program reuses its own small part of it.
+# registers, with unrolled loops over the tiles, because Triton cannot slice a tile. In wider networks they go through a
+# buffer that stays in the caches: every program reuses its own small part of it.
 @triton.jit(do_not_specialize=["rows", "rows_key"])
 def _mlp_kernel(
     x, weights, bases, rs, ss, biases, bias_noises, members, kept, y, rows, per_member, sigma, sigma_at, rows_key,
@@ -249,7 +249,7 @@ def _programs(device: torch.device) -> int:
 
 
 def _configs(widest: int, precision: Precision, in_registers: bool) -> tuple[triton.Config, ...]:
-    """Return block sizes to try; on tensor cores, only those that use the same instructions and so give the same bits."""
+    """Return block sizes to try; on tensor cores, only those with the same instructions and so the same bits."""
     if interpreted():
         return (config(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32),)
     if in_registers:

@@ -78,7 +78,8 @@ def signed(
         x: ``(n, size)``.
         words: ``(num_sources, ceil(size / 32))`` int32.
         noise: the members.
-        scaled: also multiply by sigma, with opposite signs for antithetic partners; otherwise signs are those of the source.
+        scaled: also multiply by sigma, with opposite signs for antithetic partners; otherwise signs are those of the
+            source.
         plus: ``(n, size)``, addend.
         dtype: data type of the result; by default that of ``x``.
 

@@ -1,7 +1,7 @@
 """Building blocks of the kernels: packed signs, products, activations, and tuning.
 
-Every row is computed separately, with an order of additions that does not depend on the number of rows, so a member's output
-does not depend on the other rows.
+Every row is computed separately, with an order of additions that does not depend on the number of rows, so a member's
+output does not depend on the other rows.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from es_flipout.kernels import Activation, Precision, interpreted
 
-# The interpreter would compute with the bit patterns of bf16 numbers, so there they are float32 numbers rounded to bf16.
+# The interpreter computes with the bit patterns of bf16 numbers, so there float32 numbers rounded to bf16 are used.
 _INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -37,8 +37,8 @@ def signed_scale(scale, scale_at, member, ROWS: tl.constexpr, PER_SOURCE: tl.con
 def flipped(values, words_at, width, start, SIZE: tl.constexpr):
     """Flip the sign of every entry of ``values`` ``(rows, SIZE)`` whose bit is 0.
 
-    ``words_at`` points to the ``width`` words of each row; the bits are those of the columns from ``start`` on, a multiple of
-    ``SIZE``. A word is loaded once, not once per bit.
+    ``words_at`` points to the ``width`` words of each row; the bits are those of the columns from ``start`` on, a
+    multiple of ``SIZE``. A word is loaded once, not once per bit.
     """
     col = start + tl.arange(0, SIZE)
     first = start // 32
@@ -77,7 +77,7 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Compute the hyperbolic tangent with relative error 2e-7: a polynomial fitted on [0, 0.625], elsewhere an exponential."""
+    """Compute tanh with relative error 2e-7: by a polynomial fitted on [0, 0.625], elsewhere by an exponential."""
     size = tl.abs(x)
     z = size * size
     near = size + size * z * (
@@ -123,7 +123,7 @@ def activated_torch(x: Tensor, activation: Activation) -> Tensor:
 
 
 def product_torch(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
-    """Torch twin of :func:`product`, without a total: ``a @ b`` in float32, with inputs rounded to bf16 for that precision."""
+    """Torch twin of :func:`product`, without a total: ``a @ b`` in float32, with inputs rounded to bf16 for bf16."""
     if precision == "bf16":
         a, b = a.bfloat16(), b.bfloat16()
     return a.float() @ b.float()
@@ -137,7 +137,8 @@ def config(warps: int = 4, stages: int = 2, **sizes: int) -> triton.Config:
 class Tuned:
     """A kernel that runs with the fastest of its configurations for every size.
 
-    All configurations add in the same order, so the choice does not change the result. The interpreter uses the first one.
+    All configurations add in the same order, so the choice does not change the result. The interpreter uses the first
+    one.
     """
 
     def __init__(self, kernel: Any, key: Sequence[str]) -> None:
@@ -162,7 +163,7 @@ def ceil_div(number: int, by: int) -> int:
 
 
 def block(size: int, most: int) -> int:
-    """Return the smallest power of two that is at least ``size``, clamped to [16, ``most``]: products need at least 16."""
+    """Return the smallest power of two >= ``size``, clamped to [16, ``most``]: products need at least 16."""
     return max(16, min(most, bucket(size)))
 
 

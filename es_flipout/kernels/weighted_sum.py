@@ -20,8 +20,8 @@ _MOST_NUMBERS = 1 << 24  # maximum number of elements of all partial sums
 def weighted_sum(v: Tensor, r: Tensor, s: Tensor, size_out: int, size_in: int) -> Tensor:
     """Compute the sum of ``v_n r_n s_n^T``.
 
-    Sources are summed in parts whose size depends only on the shapes, and the parts are added in order. There are no atomic
-    additions, so the result is deterministic.
+    Sources are summed in parts whose size depends only on the shapes, and the parts are added in order. There are no
+    atomic additions, so the result is deterministic.
 
     Args:
         v: ``(num_sources,)`` float32.

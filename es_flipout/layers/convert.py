@@ -32,7 +32,7 @@ _TWINS: dict[type[nn.Module], Callable[[Any], Leaf]] = {
     **dict.fromkeys((nn.RNNCell, nn.GRUCell, nn.LSTMCell), PopulationCell),
     nn.MultiheadAttention: PopulationAttention,
 }
-# Torch layers with elementwise parameters: torch's own code runs with a separate copy of the parameters for each member.
+# Torch layers with elementwise parameters: torch's own code runs with one copy of the parameters per member.
 _ENTRY_BY_ENTRY = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
 _SUPPORTED = (*_TWINS, *_ENTRY_BY_ENTRY)
 # Twins that depend on the meaning of every dimension, and therefore see one member at a time.
@@ -77,8 +77,8 @@ class Conversion:
 def convert(module: nn.Module) -> Conversion:
     """Convert ``module``, which is not modified, into its population-aware twin.
 
-    Supported layers become population-aware. All other parameters (of a normalization, or a bare ``nn.Parameter`` of the
-    user's own class) are used by the module's own code, with one copy per member. Tied weights stay tied.
+    Supported layers become population-aware. All other parameters (of a normalization, or a bare ``nn.Parameter`` of
+    the user's own class) are used by the module's own code, with one copy per member. Tied weights stay tied.
 
     Raises:
         UnsupportedLayerError: a torch layer has parameters but no twin, or mixes members, or a parameter is not of a
@@ -135,7 +135,7 @@ def _refuse_unsupported(name: str, layer: nn.Module) -> None:
 
 
 def _is_harmless_norm(layer: nn.Module) -> bool:
-    """Return whether a layer is an instance normalization that treats examples separately: no statistics or parameters."""
+    """Return whether a layer is an instance normalization without statistics or parameters, which is harmless."""
     return isinstance(layer, nn.modules.instancenorm._InstanceNorm) and not (layer.affine or layer.track_running_stats)
 
 
@@ -156,7 +156,7 @@ def _is_row_wise(twin: nn.Module) -> bool:
 
 
 def stays_still(module: nn.Module, parameter: Tensor) -> int | None:
-    """Return the padding index of an embedding's weight, whose row is the same for all members; None if there is none."""
+    """Return the padding index of an embedding's weight, a row that is not perturbed; None if there is none."""
     for child in module.modules():
         if isinstance(child, nn.Embedding) and child.weight is parameter and child.padding_idx is not None:
             return child.padding_idx

@@ -1,8 +1,8 @@
 """The base class of population-aware twins: where their weights come from, and how rows reach them.
 
-A twin computes all rows ``(n, ...)`` at once: the weights of the member in row ``i`` are applied to row ``i``. A module whose
-forward works row by row is called with all rows. Any other module runs under ``torch.func.vmap``, so that its own code sees
-one member at a time; its twins leave ``vmap`` and see all rows again.
+A twin computes all rows ``(n, ...)`` at once: the weights of the member in row ``i`` are applied to row ``i``. A module
+whose forward works row by row is called with all rows. Any other module runs under ``torch.func.vmap``, so that its own
+code sees one member at a time; its twins leave ``vmap`` and see all rows again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The population-aware twins of torch's recurrent layers and cells.
 
-A member uses the same weights for the whole sequence. Letters: ``T`` steps, ``B`` sequences per member, ``H`` hidden size,
-``D`` directions.
+A member uses the same weights for the whole sequence. Letters: ``T`` steps, ``B`` sequences per member, ``H`` hidden
+size, ``D`` directions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PopulationCell(Leaf):
         self._step = _step_of(cell, getattr(cell, "nonlinearity", "tanh"))
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:
-        """Map ``(n, [B,] in)`` and the state ``(n, [B,] H)`` to the next state; for an LSTM, the state is ``(h, c)``."""
+        """Map ``(n, [B,] in)`` and state ``(n, [B,] H)`` to the next state; for an LSTM, the state is ``(h, c)``."""
         shape = (*x.shape[:-1], self._hidden)
         state = _checked_state(hx, self._is_lstm, (shape, shape), x, of_member=0 if self.place.token is not None else 1)
         after = self.over_rows(self._forward, x, *state)

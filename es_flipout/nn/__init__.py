@@ -1,8 +1,9 @@
-"""Layers with weight noise for gradient training: drop-in replacements of torch.nn layers, with one weight sample per example.
+"""Layers with weight noise for gradient training: drop-in torch.nn layers with one weight sample per example.
 
     model = esf.nn.flipout(model, esf.nn.MultiplicativeGaussian(sigma=1.0))
 
-or layer by layer: ``esf.nn.FlipoutLinear(784, 512, noise=esf.nn.AdditiveGaussian())``. ``model.eval()`` uses the mean weights.
+or layer by layer: ``esf.nn.FlipoutLinear(784, 512, noise=esf.nn.AdditiveGaussian())``. ``model.eval()`` uses the mean
+weights.
 """
 
 from es_flipout.nn.conv import FlipoutConv1d, FlipoutConv2d, FlipoutConv3d

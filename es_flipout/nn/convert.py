@@ -37,22 +37,24 @@ def flipout(
     recurrent_only: bool = False,
     generator: Generator | None = None,
 ) -> Module:
-    """Return a copy of ``module`` whose Linear, Conv1d/2d/3d, LSTM, GRU and RNN layers have weight noise in training mode.
+    """Copy ``module`` with weight noise in training mode in its Linear, Conv1d/2d/3d, LSTM, GRU and RNN layers.
 
-    Weights, tied weights, hooks, mode and state-dict names are kept. Embeddings, and layers whose parameters are all vectors
-    (norms, PReLU), stay deterministic. Any other layer with weights but without a twin is an error unless it is in ``keep``.
+    Weights, tied weights, hooks, mode and state-dict names are kept. Embeddings, and layers whose parameters are all
+    vectors (norms, PReLU), stay deterministic. Any other layer with weights but without a twin is an error unless it is
+    in ``keep``.
 
     Args:
         module: the module to convert; it is not modified.
         noise: distribution of the weights.
         estimator: flipout, shared, independent, or local_reparameterization if all layers are Linear.
-        keep: names (as in ``named_modules``) or classes of layers that stay deterministic, including everything inside them.
+        keep: names (as in ``named_modules``) or classes of layers that stay deterministic, including everything inside
+            them.
         recurrent_only: in recurrent layers, only the hidden-to-hidden matrices are noisy.
         generator: random number generator of all layers; it is not copied.
 
     Raises:
-        UserError: a layer has no twin and is not kept, a name in ``keep`` does not exist, or the estimator does not support
-            a layer or the noise.
+        UserError: a layer has no twin and is not kept, a name in ``keep`` does not exist, or the estimator does not
+            support a layer or the noise.
     """
     kept_names = {entry for entry in keep if isinstance(entry, str)}
     kept_types = tuple(entry for entry in keep if not isinstance(entry, str))

@@ -2,15 +2,16 @@
 
 Estimators of the same noise, for n examples in a batch:
 
-- ``flipout``: one base perturbation B per batch; example n has W_n = mean + B * (r_n s_n^T), with random signs r over the
-  outputs and s over the inputs (Wen et al., ICLR 2018, equation 3). Costs two products instead of one.
+- ``flipout``: one base perturbation B per batch; example n has W_n = mean + B * (r_n s_n^T), with random signs r over
+  the outputs and s over the inputs (Wen et al., ICLR 2018, equation 3). Costs two products instead of one.
 - ``shared``: one weight sample for the whole batch.
 - ``independent``: one weight sample per example; n weight matrices in memory. The reference.
-- ``local_reparameterization``: noise drawn on the outputs (Kingma et al., 2015); fully connected layers and Gaussian noise only.
+- ``local_reparameterization``: noise drawn on the outputs (Kingma et al., 2015); fully connected layers and Gaussian
+  noise only.
 
-An example is one entry of the first dimension (in recurrent layers, of the batch dimension given by ``batch_first``). All its
-pixels, time steps and other inner dimensions see the same weights. Noisy biases are vectors and therefore cheap: each example
-has its own, except with ``shared``.
+An example is one entry of the first dimension (in recurrent layers, of the batch dimension given by ``batch_first``).
+All its pixels, time steps and other inner dimensions see the same weights. Noisy biases are vectors and therefore
+cheap: each example has its own, except with ``shared``.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class NoisyLayer(nn.Module):
         *args: arguments of the torch.nn twin.
         noise: distribution of the weights.
         estimator: how the examples of a batch share the noise; see the module docstring.
-        generator: random number generator, on the device of the layer; None for torch's default generator. ``torch.compile``
-            breaks the graph at draws from any other generator, so ``fullgraph=True`` requires None.
+        generator: random number generator, on the device of the layer; None for torch's default generator.
+            ``torch.compile`` breaks the graph at draws from any other generator, so ``fullgraph=True`` requires None.
         **kwargs: keyword arguments of the torch.nn twin.
 
     Raises:

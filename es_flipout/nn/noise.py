@@ -1,7 +1,7 @@
 """Distributions of weight noise for gradient training, as scale * unit noise.
 
-All three are independent across weights and symmetric about 0, as flipout requires (Wen et al., ICLR 2018, section 3.1). The
-stored ``weight`` of a layer is always the mean of the noisy weights, so ``eval()`` simply uses it.
+All three are independent across weights and symmetric about 0, as flipout requires (Wen et al., ICLR 2018, section
+3.1). The stored ``weight`` of a layer is always the mean of the noisy weights, so ``eval()`` simply uses it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Noise(ABC):
 
 @dataclass(frozen=True)
 class AdditiveGaussian(Noise):
-    """W = mean + softplus(rho) * normal, with rho learned per weight and bias: Bayes by Backprop (Blundell et al., 2015).
+    """W = mean + softplus(rho) * normal, rho learned per weight and bias: Bayes by Backprop (Blundell et al., 2015).
 
     Add ``kl_divergence(model) / number_of_examples`` to the mean loss.
 
@@ -110,8 +110,8 @@ class MultiplicativeGaussian(Noise):
 class DropConnect(Noise):
     """Each weight is 0 or twice its mean with equal probability, on weight matrices only: mean * (1 + sign).
 
-    This is ``dropout(weight, p=0.5)`` with the usual scaling. In the paper's notation the stored weight is W/2, so weights that
-    were trained without noise keep their meaning.
+    This is ``dropout(weight, p=0.5)`` with the usual scaling. In the paper's notation the stored weight is W/2, so
+    weights that were trained without noise keep their meaning.
     """
 
     gaussian = False

@@ -1,7 +1,7 @@
 """``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` with weight noise: one weight sample per sequence, held over time.
 
-Input and hidden matrices have separate signs; all gates share one vector of input signs. The inputs of all time steps are
-projected at once, and the loop over time only multiplies hidden states.
+Input and hidden matrices have separate signs; all gates share one vector of input signs. The inputs of all time steps
+are projected at once, and the loop over time only multiplies hidden states.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
         noise: distribution of the weights.
         estimator: flipout, shared or independent.
         generator: random number generator.
-        recurrent_only: only the hidden-to-hidden matrices (and their biases) are noisy, as in the paper's language models.
+        recurrent_only: only the hidden-to-hidden matrices (and their biases) are noisy, as in the paper's language
+            models.
         **kwargs: keyword arguments of the twin.
     """
 
@@ -56,7 +57,7 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
 
     @abstractmethod
     def cell(self, x: Tensor, hidden: Tensor, states: States) -> States:
-        """Compute one step from the projected input and hidden state, ``(n, gates * hidden)`` each, and the old states."""
+        """Compute new states from the projected input and hidden state, ``(n, gates * hidden)``, and the old states."""
 
     def state_sizes(self) -> tuple[int, ...]:
         """Return the sizes of the hidden state and of any other state of the layer."""
@@ -72,8 +73,8 @@ class _FlipoutRecurrent(NoisyLayer, nn.RNNBase):
             )
         if input.ndim not in (2, 3) or input.shape[-1] != self.input_size:
             raise UserError(
-                f"{type(self).__name__} needs an input (time, batch, {self.input_size}), (batch, time, ...) with batch_first, "
-                f"or (time, {self.input_size}), got {tuple(input.shape)}"
+                f"{type(self).__name__} needs an input (time, batch, {self.input_size}), or (batch, time, ...) with "
+                f"batch_first, or (time, {self.input_size}), got {tuple(input.shape)}"
             )
         batched = input.ndim == 3
         x = input if batched and self.batch_first else input.transpose(0, 1) if batched else input[None]

@@ -22,8 +22,8 @@ from es_flipout.randomness import Address
 class Members:
     """The members of a population, or of a shard of it, and the noise sources they use.
 
-    With antithetic pairs, members ``2k`` and ``2k + 1`` use noise source ``k`` with opposite signs; without, every member has
-    its own source. A shard starts at member ``first`` (even if antithetic) and has ``size`` members.
+    With antithetic pairs, members ``2k`` and ``2k + 1`` use noise source ``k`` with opposite signs; without, every
+    member has its own source. A shard starts at member ``first`` (even if antithetic) and has ``size`` members.
     """
 
     population_size: int
@@ -71,7 +71,7 @@ class Rows:
                 own[index] = getattr(other, field.name)
 
     def put_where(self, mask: Tensor, other: Rows) -> None:
-        """Overwrite the rows where ``mask`` ``(n,)`` is true with those of ``other``, in place; shapes do not depend on it."""
+        """Overwrite rows where ``mask`` ``(n,)`` is true with those of ``other``, in place, with fixed shapes."""
         for field in fields(self):
             own = getattr(self, field.name)
             if isinstance(own, Tensor):
@@ -92,9 +92,9 @@ RowsT = TypeVar("RowsT", bound=Rows)
 class Perturbation(ABC, Generic[RowsT]):
     """The perturbed copies of one parameter, one per member, in one generation.
 
-    A parameter with two or more dimensions is ``(d0, d1, *rest)``: ``(out, in)`` for a linear layer, ``(out, in / groups,
-    *kernel)`` for a convolution, ``(num_embeddings, size)`` for an embedding. If the layer allows it, no tensor of the size of
-    P parameters is created.
+    A parameter with two or more dimensions is ``(d0, d1, *rest)``: ``(out, in)`` for a linear layer,
+    ``(out, in / groups, *kernel)`` for a convolution, ``(num_embeddings, size)`` for an embedding. If the layer allows
+    it, no tensor of the size of P parameters is created.
 
     Attributes:
         mean: the unperturbed parameter.
@@ -142,7 +142,7 @@ class Perturbation(ABC, Generic[RowsT]):
 
     @abstractmethod
     def linear(self, x: Tensor, rows: RowsT, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
-        """Apply the linear layer of the member in row ``i`` to row ``i`` of ``x``: ``(n, ..., in)`` to ``(n, ..., out)``.
+        """Apply the linear layer of each row's member to the rows of ``x``: ``(n, ..., in)`` to ``(n, ..., out)``.
 
         Args:
             x: ``(n, ..., in)``.

@@ -1,4 +1,4 @@
-"""Dense perturbations: an independent standard normal matrix per member. The reference ("IdealES" in the Flipout paper).
+"""Dense perturbations: an independent standard normal matrix per member; the reference ("IdealES" of Flipout's paper).
 
 Memory and time grow with P times the number of weights; the other families avoid that.
 """

@@ -1,12 +1,12 @@
-"""Flipout perturbations: W_n = W + sigma * B_m * (r_n s_n^T), one base matrix for many members, two sign vectors per member.
+"""Flipout perturbations: W_n = W + sigma * B_m * (r_n s_n^T), with shared bases and two sign vectors per member.
 
-Wen et al., "Flipout: efficient pseudo-independent weight perturbations on mini-batches", ICLR 2018, equation 4 (with the
-signs s on the input and r on the output); here every member of the population is one example. Antithetic partners are
-(r, s) and (-r, s).
+Wen et al., "Flipout: efficient pseudo-independent weight perturbations on mini-batches", ICLR 2018, equation 4 (with
+the signs s on the input and r on the output); here every member of the population is one example. Antithetic partners
+are (r, s) and (-r, s).
 
-A weight ``(d0, d1, *rest)`` has signs for ``d0`` and ``d1``, for example for the output and input channels of a convolution;
-they are constant over its kernel. One base therefore explores one direction of the kernel between two channels; more bases
-explore more directions.
+A weight ``(d0, d1, *rest)`` has signs for ``d0`` and ``d1``, for example for the output and input channels of a
+convolution; they are constant over its kernel. One base therefore explores one direction of the kernel between two
+channels; more bases explore more directions.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         return operation.shared(x, self.mean).add_(operation.scale_output(product, after))
 
     def _each_with_its_base(self, rows: FlipoutRows, product_with: Callable[[int], Tensor]) -> Tensor:
-        """Multiply all rows by every base, and keep the product with each row's own base: shapes do not depend on members."""
+        """Multiply all rows by every base and keep each row's own product, so shapes do not depend on members."""
         first, *others = range(len(self.base)) if rows.bases_used is None else rows.bases_used
         product = product_with(first)
         for m in others:

@@ -1,4 +1,4 @@
-"""Independent noise per member, for biases, scales and other parameters without structure; and parameters without noise.
+"""Independent noise per member, for biases, scales and other parameters without structure; parameters without noise.
 
 Memory grows with P times the size of the parameter.
 """

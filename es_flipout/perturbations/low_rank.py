@@ -1,8 +1,8 @@
 """Low-rank perturbations: W_n = W + sigma / sqrt(rank) * A_n C_n^T with standard normal factors.
 
 This is the family of EGGROLL (Sarkar et al., "Evolution strategies at the hyperscale", arXiv 2511.16652). Compared with
-flipout, it needs one shared matrix product less, and stores factors of (out + in) * rank numbers per member instead of signs.
-A weight with more than two dimensions is treated as the matrix ``(d0, d1 * rest)``.
+flipout, it needs one shared matrix product less, and stores factors of (out + in) * rank numbers per member instead of
+signs. A weight with more than two dimensions is treated as the matrix ``(d0, d1 * rest)``.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Operation(ABC):
 
     @abstractmethod
     def outer(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Apply the outer product of ``left[i]`` and ``right[i]``, (n, d0) and (n, d1, *rest), to row ``i`` of ``x``."""
+        """Apply outer products of ``left`` (n, d0) and ``right`` (n, d1, *rest), as weights, to the rows of ``x``."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class TransposedConvolution(_OverSpace):
 
 @dataclass(frozen=True)
 class Bilinear(Operation):
-    """``y = x W other`` for every output: ``(n, ..., in1)``, weight ``(out, in1, in2)``; ``other`` is ``(n, ..., in2)``."""
+    """``y = x W other``, with ``x`` ``(n, ..., in1)``, weight ``(out, in1, in2)`` and ``other`` ``(n, ..., in2)``."""
 
     other: Tensor
 

@@ -17,9 +17,9 @@ from es_flipout.errors import UserError
 class ActionMap:
     """Maps network outputs to actions of a space.
 
-    ``Discrete``: the action with the largest output. ``Box``: an output of -1 is the lower and +1 the upper bound of the
-    action, 0 the middle; outputs outside are clipped (``clip``) or squashed (``tanh``). For an entry with an infinite bound,
-    the action is the output itself, clipped at the other bound.
+    ``Discrete``: the action with the largest output. ``Box``: an output of -1 is the lower and +1 the upper bound of
+    the action, 0 the middle; outputs outside are clipped (``clip``) or squashed (``tanh``). For an entry with an
+    infinite bound, the action is the output itself, clipped at the other bound.
 
     Attributes:
         size: number of outputs that the network must have.

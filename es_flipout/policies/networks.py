@@ -18,7 +18,7 @@ from es_flipout.kernels import Activation
 
 
 def tanh(x: Tensor) -> Tensor:
-    """Compute tanh: by NumPy on the CPU in float32 without gradients, which is five times as fast and about as accurate.
+    """Compute tanh; on the CPU, in float32 and without gradients by NumPy, five times as fast and about as accurate.
 
     Neither NumPy's nor torch's result depends on a number's memory alignment, unlike some of torch's activations.
     """
@@ -49,8 +49,8 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> Activation:
 class MLP(nn.Module):
     """A fully connected network, ``(n, O)`` to ``(n, A)``.
 
-    Weights are initialized orthogonally with unit gain, and biases with zeros. The last layer is scaled by ``output_gain``,
-    so that actions of the untrained policy are close to the middle of the action space.
+    Weights are initialized orthogonally with unit gain, and biases with zeros. The last layer is scaled by
+    ``output_gain``, so that actions of the untrained policy are close to the middle of the action space.
     """
 
     row_wise = True  # row i of the input only affects row i of the output
@@ -77,7 +77,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the inputs of :class:`~es_flipout.policies.ActionMap`: an action, or one score per discrete action."""
+        """Compute the input of :class:`~es_flipout.policies.ActionMap`: an action, or one score per discrete action."""
         *hidden, last = self.layers
         for layer in hidden:
             x = self.activation(layer(x))
@@ -85,10 +85,10 @@ class MLP(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A policy with memory: recurrent layers and a linear layer; ``(n, O)`` and a state to ``(n, A)`` and the next state.
+    """A policy with memory: recurrent layers and a linear one; ``(n, O)`` and a state to ``(n, A)`` and the next state.
 
-    The state is a single tensor, ``(n, state_size)``, zero at the start of an episode: the concatenated states of all layers
-    (for an LSTM layer its output, then its cell).
+    The state is a single tensor, ``(n, state_size)``, zero at the start of an episode: the concatenated states of all
+    layers (for an LSTM layer its output, then its cell).
 
     Attributes:
         state_size: size of the state.
@@ -151,8 +151,8 @@ def initial_state(module: nn.Module, rows: int, device: torch.device) -> Tensor 
 class ConvNet(nn.Module):
     """A policy for images: convolutions with stride 2, then fully connected layers; ``(n, O)`` to ``(n, A)``.
 
-    Images arrive as flat rows of ``O`` numbers and are reshaped here. Of three dimensions, the smaller of the first and the
-    last is interpreted as channels (they come last in Gymnasium's images, and first in its stacks of frames).
+    Images arrive as flat rows of ``O`` numbers and are reshaped here. Of three dimensions, the smaller of the first and
+    the last is interpreted as channels (they come last in Gymnasium's images, and first in its stacks of frames).
     """
 
     row_wise = True  # row i of the input only affects row i of the output
@@ -191,7 +191,7 @@ class ConvNet(nn.Module):
         self.head = MLP(channels[-1] * space[0] * space[1], action_dim, hidden, activation, output_gain, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the inputs of :class:`~es_flipout.policies.ActionMap`: an action, or one score per discrete action."""
+        """Compute the input of :class:`~es_flipout.policies.ActionMap`: an action, or one score per discrete action."""
         x = x.unflatten(-1, self._image_shape)
         if len(self._image_shape) == 2:
             x = x.unsqueeze(-3)
@@ -215,5 +215,5 @@ class Linear(nn.Module):
             nn.init.zeros_(self.layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the inputs of :class:`~es_flipout.policies.ActionMap`: an action, or one score per discrete action."""
+        """Compute the input of :class:`~es_flipout.policies.ActionMap`: an action, or one score per discrete action."""
         return self.layer(x)

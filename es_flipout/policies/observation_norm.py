@@ -1,6 +1,7 @@
 """Observation normalization with statistics that only change between generations.
 
-All members of a generation, especially antithetic partners, must use the same normalizer. Letters: ``O`` observation size.
+All members of a generation, especially antithetic partners, must use the same normalizer. Letters: ``O`` observation
+size.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ class Normalizer(ABC):
 class ObservationNorm(Normalizer):
     """Normalizes by the running mean and standard deviation of every observation entry, over all live steps so far.
 
-    Statistics are kept as count, mean and sum of squared deviations in float64, and merged after every generation (Chan et
-    al. 1979), because plain sums of squares lose the variance of entries with a large mean. The standard deviation of an
-    entry is at least 0.01, and normalized values are clipped to +-10.
+    Statistics are kept as count, mean and sum of squared deviations in float64, and merged after every generation (Chan
+    et al. 1979), because plain sums of squares lose the variance of entries with a large mean. The standard deviation
+    of an entry is at least 0.01, and normalized values are clipped to +-10.
 
     Attributes:
         factor, offset: ``(O,)`` float64; normalized observations are ``observation * factor + offset``.

@@ -1,1 +1,1 @@
-"""Rollouts: who plays the episodes of a generation, and where."""
+"""Rollouts: players, which play the episodes of a generation on the host or on a device."""

@@ -1,7 +1,7 @@
-"""The one place that makes the parts of a run from its configuration: environments, agent, strategy and player.
+"""The one place that builds the parts of a run from its configuration: environments, agent, strategy and player.
 
-Training, placement, plans, Ray workers and benchmarks all call it, so that each of them computes what a run computes. Here
-``device`` and ``physics`` of the configuration are decided (see :mod:`es_flipout.rollout.placement`).
+Training, placement, plans, Ray workers and benchmarks all use it, so that each of them computes what a run computes. It
+expects a configuration whose ``device`` and ``physics`` are decided (see :mod:`es_flipout.rollout.placement`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MOST_SLOTS = {"torch": 4096, "mujoco": 1024, "gymnasium": 32}
 
 
 class Parts(NamedTuple):
-    """What a run is made of."""
+    """The parts of a run."""
 
     agent: Agent
     strategy: EvolutionStrategy
@@ -42,16 +42,16 @@ class Parts(NamedTuple):
 
 
 def build(config: TrainConfig, say: Say | None = None, wrap_env: WrapEnv | None = None) -> Parts:
-    """The parts of a run on this machine.
+    """Build the parts of a run on this machine.
 
     Args:
-        config: of the run.
-        say: called with a line when the user has to be told something.
-        wrap_env: applied to every batch of environments on the CPU, for instance to time it.
+        config: configuration of the run.
+        say: called with one-line messages for the user.
+        wrap_env: applied to every batch of environments on the CPU, for example to time it.
 
     Raises:
         UserError: a space, a policy or a value is not supported.
-        UnsupportedEnvironmentError: there is no such environment.
+        UnsupportedEnvironmentError: the environment does not exist.
     """
     if config.compute.physics == "gpu":
         agent, player = device_player(config, torch.device("cuda"), say)
@@ -61,7 +61,7 @@ def build(config: TrainConfig, say: Say | None = None, wrap_env: WrapEnv | None 
 
 
 def local_player(config: TrainConfig, slots: int, wrap_env: WrapEnv | None = None) -> tuple[Agent, LocalPlayer]:
-    """An agent, and a player for it whose environments are stepped by the CPU."""
+    """Create an agent, and a player for it whose environments are stepped on the CPU."""
     envs = make_lanes(config, slots)
     try:
         agent = make_agent(config, envs[0])
@@ -73,7 +73,7 @@ def local_player(config: TrainConfig, slots: int, wrap_env: WrapEnv | None = Non
 
 
 def device_player(config: TrainConfig, device: torch.device, say: Say | None = None) -> tuple[Agent, DevicePlayer]:
-    """An agent, and a player for it whose environments live on ``device``."""
+    """Create an agent, and a player for it whose environments are on ``device``."""
     task = config.task
 
     def make(slots: int) -> DeviceEnv:
@@ -81,7 +81,7 @@ def device_player(config: TrainConfig, device: torch.device, say: Say | None = N
         assert isinstance(env, NativeBatchEnv | ObservedBatchEnv)
         return env
 
-    # The spaces are the same on the CPU, where an environment costs nothing.
+    # The spaces are the same on the CPU, where creating an environment is cheap.
     env = make_one_env(config)
     agent = make_agent(config, env)
     env.close()
@@ -89,7 +89,7 @@ def device_player(config: TrainConfig, device: torch.device, say: Say | None = N
 
 
 def make_agent(config: TrainConfig, env: BatchEnv) -> Agent:
-    """An untrained agent for an environment.
+    """Create an untrained agent for an environment.
 
     Raises:
         UserError: a space is not supported.
@@ -103,7 +103,7 @@ def make_strategy(
     device: torch.device | str | None = None,
     kind: type[EvolutionStrategy] = EvolutionStrategy,
 ) -> EvolutionStrategy:
-    """The strategy around a policy network; ``device`` is the configured one by default."""
+    """Create the strategy for a policy network; by default on the configured device."""
     strategy, forward = config.strategy, forward_settings(config, module)
     return kind(
         module,
@@ -120,11 +120,12 @@ def make_strategy(
         row_block=forward.row_block,
         kernels=forward.kernels,
         precision=forward.precision,
+        shaping=strategy.shaping,
     )
 
 
 def family_of(config: TrainConfig) -> Family:
-    """The configured perturbation family."""
+    """Return the configured perturbation family."""
     strategy = config.strategy
     match strategy.perturbation:
         case "flipout":
@@ -136,13 +137,13 @@ def family_of(config: TrainConfig) -> Family:
 
 
 def forward_settings(config: TrainConfig, module: nn.Module) -> ForwardSettings:
-    """How this run computes the forward of a policy network, whoever plays."""
+    """Return how this run computes the forward of a policy network, for any player."""
     compute = config.compute
     return ForwardSettings(row_block_of(config, module), compute.kernels, compute.precision)
 
 
 def row_block_of(config: TrainConfig, module: nn.Module) -> int | None:
-    """Rows of one policy forward: of all slots, so that lanes and machines do not matter; None for all rows at once."""
+    """Return the rows per forward, based on all slots so that lanes and machines do not matter; None for all rows."""
     compute = config.compute
     if compute.row_block is not None or compute.physics == "gpu":
         return compute.row_block
@@ -151,28 +152,28 @@ def row_block_of(config: TrainConfig, module: nn.Module) -> int | None:
 
 
 def slots_for(config: TrainConfig) -> int:
-    """Environments that one machine steps side by side for this run."""
+    """Return the number of environments that one machine steps in parallel for this run."""
     if config.compute.slots is not None:
         return config.compute.slots
     return min(config.strategy.population_size * config.task.episodes, _MOST_SLOTS[backend_of(config)])
 
 
 def backend_of(config: TrainConfig) -> str:
-    """Who implements the environment: ``"torch"``, ``"mujoco"`` or ``"gymnasium"``."""
+    """Return the backend of the environment: ``"torch"``, ``"mujoco"`` or ``"gymnasium"``."""
     return native_env_ids().get(config.task.env_id.removeprefix(NAMESPACE), "gymnasium")
 
 
 def make_one_env(config: TrainConfig) -> BatchEnv:
-    """One environment on the CPU."""
+    """Create one environment on the CPU."""
     task = config.task
     return make_env(task.env_id, 1, observed=task.observed, **task.parsed_env_kwargs())
 
 
 def make_lanes(config: TrainConfig, slots: int) -> list[BatchEnv]:
-    """The environments: two halves where physics and policy are double-buffered, else one batch."""
+    """Create the environments: two halves if physics and policy are double-buffered, otherwise one batch."""
     task, compute = config.task, config.compute
     cores, backend = usable_cores(), backend_of(config)
-    # With two cores and no GPU the policy only takes from the physics what the overlap gives (results/LOG.md).
+    # With two cores and no GPU, overlap does not pay: the policy slows down the physics as much (results/LOG.md).
     overlap = compute.overlap
     if overlap is None:
         overlap = compute.device == "cuda" or (cores > 2 and backend == "mujoco")
@@ -182,6 +183,6 @@ def make_lanes(config: TrainConfig, slots: int) -> list[BatchEnv]:
 
     if backend == "torch" or not overlap or slots < 2:
         return [make(slots, compute.threads)]
-    # Each half has its part of the threads: two batches that compete for all cores wait for each other at every step.
+    # The halves split the threads: two batches that compete for all cores would wait for each other at every step.
     threads = compute.threads if compute.threads is not None else cores
     return [make(slots - slots // 2, threads - threads // 2), make(slots // 2, max(threads // 2, 1))]

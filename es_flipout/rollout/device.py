@@ -1,23 +1,25 @@
-"""The rollout without the host: policy, physics, rewards and the queue of episodes stay on the device.
+"""The rollout on a device: policy, physics, rewards and the queue of episodes stay there.
 
-:class:`DeviceRollout` plays the same episodes as :func:`es_flipout.rollout.host.run`. Nothing it does depends on a value that the
-host would have to know: all shapes are fixed, every slot is computed at every step, and what must not count is masked. So a
-*launch* (some control steps of all slots, then the slots that ended take the next jobs) is one CUDA graph. The host launches
-it again and again and learns one launch later whether a slot is still live, so the device never waits; the launches too many
-at the end step nothing. All numbers that change from one generation to the next (weights, signs, sigma, statistics, start
-states) are copied into the memory that was captured, so a graph is captured once for a run.
+:class:`DeviceRollout` plays the same episodes as :func:`es_flipout.rollout.host.run`. Nothing it does depends on a
+value that the host would have to know: all shapes are fixed, every slot is computed at every step, and slots that must
+not count are masked. A *launch* (some control steps of all slots, after which finished slots take the next jobs) is
+therefore one CUDA graph. The host launches it repeatedly and learns one launch later whether a slot is still live, so
+the device never waits; surplus launches at the end step no live slot. Everything that changes between generations
+(weights, signs, sigma, statistics, start states) is copied into the captured memory, so a graph is captured once per
+run.
 
-mujoco-warp's solver loops by conditional nodes. CUDA refuses those in child graphs, and recording one suspends torch's
-capture, so physics by warp has a graph of its own (``capturable`` is false): a control step is then one graph of torch, from
-the outcome of one physics step to the actions of the next, and one of warp, in turn on one stream; the refill, which also
-runs physics, is launched as it is. Still nothing waits. Without CUDA every graph is a plain call: the same code, which is how
-it is tested.
+The solver of mujoco-warp loops with conditional nodes. CUDA rejects these in child graphs, and recording one suspends
+torch's capture, so warp's physics has its own graph (``capturable`` is false). A control step then consists of one
+torch graph, from the outcome of one physics step to the actions of the next, and one warp graph, alternating on one
+stream; the refill, which also runs physics, is launched without a graph. The device still never waits. Without CUDA,
+every graph is a plain call of the same code, which is how it is tested.
 
-On the CPU a result equals that of ``run`` to the bit, for any number of slots and steps of a launch (policies are computed in
-the population's row blocks). On CUDA all slots are one block, so a change of their number may change the last bits.
+On the CPU, results are bitwise identical to those of ``run``, for any number of slots and steps per launch (policies
+are computed in the population's row blocks). On CUDA all slots form one block, so their number may affect the last
+bits.
 
-Letters: ``P`` members, ``E`` episodes of each, ``J = P * E`` jobs, ``S`` slots, ``O`` observation size, ``K`` numbers that
-describe the start of an episode.
+Letters: ``P`` members, ``E`` episodes per member, ``J = P * E`` jobs, ``S`` slots, ``O`` observation size, ``K``
+numbers that describe a start state.
 """
 
 from __future__ import annotations
@@ -32,19 +34,26 @@ import torch
 from torch import Tensor
 
 from es_flipout.policies.agent import Agent
-from es_flipout.rollout.episodes import Episodes, JobResults, Rollout, RolloutInterrupted, ShouldStop
+from es_flipout.rollout.episodes import (
+    NO_LIMIT,
+    Ends,
+    Episodes,
+    JobResults,
+    Rollout,
+    RolloutInterrupted,
+    ShouldStop,
+)
 from es_flipout.strategy.population import Population
 from es_flipout.strategy.unperturbed import Unperturbed
 
-STEPS_PER_LAUNCH = 8  # a slot that ends waits for the end of the launch: half of this on average
-_WARM_UP = 3  # launches before one is captured, so that libraries and compilers have done what they do once
-_NO_LIMIT = torch.iinfo(torch.int64).max
+STEPS_PER_LAUNCH = 8  # a finished slot waits for the end of the launch: for half of these steps on average
+_WARM_UP = 3  # launches before the capture, for the one-time work of libraries and compilers
 
 
 class DeviceEnv(Protocol):
-    """What a device rollout needs of a batch of environments; :class:`es_flipout.envs.native.NativeBatchEnv` says more.
+    """What a device rollout requires of a batch of environments; see :class:`es_flipout.envs.native.NativeBatchEnv`.
 
-    The state stays where it is in memory, and :meth:`step` and :meth:`restart_where` do not wait for the device.
+    The state never moves in memory, and :meth:`step` and :meth:`restart_where` do not synchronize with the device.
     """
 
     env_id: str
@@ -74,6 +83,10 @@ class DeviceEnv(Protocol):
         """See :meth:`es_flipout.envs.native.NativeBatchEnv.starts`."""
         ...
 
+    def states(self) -> Tensor:
+        """See :meth:`es_flipout.envs.native.NativeBatchEnv.states`."""
+        ...
+
     def restart_where(self, mask: Tensor, starts: Tensor) -> Tensor:
         """See :meth:`es_flipout.envs.native.NativeBatchEnv.restart_where`."""
         ...
@@ -89,18 +102,18 @@ class DeviceEnv(Protocol):
 
 @runtime_checkable
 class SteppedInParts(Protocol):
-    """An environment whose step has parts that can be captured, around physics that cannot."""
+    """An environment whose step consists of parts that can be captured, around physics that cannot."""
 
     def begin_step(self, action: Tensor, live: Tensor | None = None) -> None:
-        """Take in the actions."""
+        """Store the actions."""
         ...
 
     def run_physics(self) -> None:
-        """What cannot be captured."""
+        """Run the part that cannot be captured."""
         ...
 
     def end_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What ``step`` returns."""
+        """Return the outcome of the step, as ``step`` does."""
         ...
 
 
@@ -110,7 +123,7 @@ class LaunchOptions:
 
     Attributes:
         steps: control steps between two refills.
-        captured: use CUDA graphs where there is CUDA.
+        captured: whether to use CUDA graphs on CUDA devices.
     """
 
     steps: int = STEPS_PER_LAUNCH
@@ -121,12 +134,12 @@ DEFAULT_LAUNCH = LaunchOptions()
 
 
 def layout(population: Population | Unperturbed, episodes: Episodes) -> Hashable:
-    """Equal for what the same :class:`DeviceRollout` can play."""
-    return type(population), population.layout, episodes.count, episodes.observed_jobs
+    """Return a key that is equal for everything that the same :class:`DeviceRollout` can play."""
+    return type(population), population.layout, episodes.count, episodes.observed_jobs, episodes.segments is None
 
 
 class DeviceRollout:
-    """Plays populations and episodes of one :func:`layout` in one batch of environments, in memory that it keeps."""
+    """Plays populations and episodes of one :func:`layout` in one batch of environments, in preallocated memory."""
 
     def __init__(
         self,
@@ -136,14 +149,14 @@ class DeviceRollout:
         episodes: Episodes,
         launch: LaunchOptions = DEFAULT_LAUNCH,
     ) -> None:
-        """Reserve the memory.
+        """Allocate the memory.
 
         Args:
             env: the environments; others may use them between two calls of :meth:`play`.
-            agent: its normalization and action map stand around the members' networks.
-            population: of the layout; it is not kept.
-            episodes: of the layout; they are not kept.
-            launch: how it is launched.
+            agent: its normalization and action map are applied around the members' networks.
+            population: a population of the layout; it is not kept.
+            episodes: episodes of the layout; they are not kept.
+            launch: how the rollout is launched.
         """
         self._agent, self._launch_options = agent, launch
         self._use_graphs = launch.captured and env.device.type == "cuda"
@@ -160,34 +173,54 @@ class DeviceRollout:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        # The queue, and what is known of the slots. No slot has a job yet, and none is left to take.
-        self._next, self._cap = zeros().fill_(jobs), zeros().fill_(_NO_LIMIT)
+        # The queue and the state of the slots. No slot has a job yet, and the queue is empty.
+        self._next = zeros().fill_(jobs)
+        self._caps, self._cap = zeros(jobs).fill_(NO_LIMIT), zeros(slots)  # of every job, and of the job in every slot
         self._job, self._elapsed = zeros(slots).fill_(jobs), zeros(slots)
         self._live = zeros(slots, dtype=torch.bool)
         self._return = zeros(slots, dtype=torch.float64)
         observed, size = (slots if self.moment_jobs else 0), env.observation_space.shape[0]
         self._total, self._squares = zeros(2, observed, size, dtype=torch.float64).unbind()
-        # Results; an additional last row takes what is not to be written.
+        # Results; an additional last row receives writes that must be discarded.
         self._returns, self._lengths = zeros(jobs + 1, dtype=torch.float64), zeros(jobs + 1)
         self._totals = zeros(self.moment_jobs + 1, size, dtype=torch.float64)
         self._all_squares = torch.zeros_like(self._totals)
         self._diverged, self._remaining = zeros(), zeros(dtype=torch.bool)
-        # What goes between policy, environment and bookkeeping.
+        # What is exchanged between policy, environment and bookkeeping.
         self._starts = zeros(jobs, env.starts(torch.zeros(1, dtype=torch.int64)).shape[1], dtype=torch.float64)
         self._obs = env.restart_where(self._live, self._starts[:1].expand(slots, -1)).clone()
         self._action = self._actions(torch.zeros(slots, agent.action_map.size, device=device))
         outcome = env.step(self._action, self._live)
         self._reward, self._terminated, self._truncated = (part.clone() for part in outcome[1:])
         self._env_diverged = env.diverged.clone()
+        # Segments: how the episode in every slot ended, and all jobs.
+        self._segments = episodes.segments is not None
+        kept, all_jobs = (slots, jobs + 1) if self._segments else (0, 0)
+        self._end, self._over = zeros(kept, self._starts.shape[1], dtype=torch.float64), zeros(kept, dtype=torch.bool)
+        self._ends, self._overs = (
+            zeros(all_jobs, self._starts.shape[1], dtype=torch.float64),
+            zeros(all_jobs, dtype=torch.bool),
+        )
         self._watch = _Watch(device)
         self._launch: Callable[[], None] | None = None
 
     def stored(self) -> tuple[object, ...]:
-        """What this rollout keeps beside its environments, its population and the selection of it."""
-        queue = (self._next, self._cap, self._job, self._elapsed, self._live, self._return, self._total, self._squares)
+        """Return everything this rollout stores in addition to its environments, its population and its selection."""
+        queue = (
+            self._next,
+            self._caps,
+            self._cap,
+            self._job,
+            self._elapsed,
+            self._live,
+            self._return,
+            self._total,
+            self._squares,
+        )
         results = (self._returns, self._lengths, self._totals, self._all_squares, self._diverged, self._remaining)
         between = (self._starts, self._obs, self._action, self._reward, self._terminated, self._truncated)
-        return *queue, *results, *between, self._env_diverged, self._norm, self._actions, self._memory
+        segments = (self._end, self._over, self._ends, self._overs)
+        return *queue, *results, *between, *segments, self._env_diverged, self._norm, self._actions, self._memory
 
     def play(
         self, population: Population | Unperturbed, episodes: Episodes, should_stop: ShouldStop | None = None
@@ -195,7 +228,7 @@ class DeviceRollout:
         """Play episodes of every member, see :meth:`es_flipout.rollout.players.Player.play`.
 
         Raises:
-            RolloutInterrupted: ``should_stop``, which is asked once a launch, returned true.
+            RolloutInterrupted: ``should_stop``, which is called once per launch, returned true.
         """
         episodes.check(population.size)
         if self._launch is None:
@@ -208,31 +241,39 @@ class DeviceRollout:
                 raise RolloutInterrupted
             self._launch()
             self._watch.look(self._remaining)
-        shape = episodes.seeds.shape
+        shape, ends = episodes.seeds.shape, None
+        if episodes.segments is not None:
+            running = ~self._overs[:-1].cpu().view(shape)
+            if self.env.max_episode_steps is not None:
+                elapsed = episodes.segments.elapsed + self._lengths[:-1].cpu().view(shape)
+                running &= elapsed < self.env.max_episode_steps
+            ends = Ends(self._ends[:-1].cpu().view(*shape, -1), running)
         results = JobResults(
             self._returns[:-1].cpu().view(shape),
             self._lengths[:-1].cpu().view(shape),
             self._totals[:-1].cpu(),
             self._all_squares[:-1].cpu(),
             int(self._diverged),
+            ends,
         )
         return Rollout.of(results, self.env.alive_bonus if episodes.remove_alive_bonus else 0.0)
 
     def _load(self, population: Population | Unperturbed, episodes: Episodes) -> None:
-        """Take in all that this rollout does not share with the one before it."""
+        """Copy everything that changes from one rollout to the next."""
         self._population.load_(population)  # pyright: ignore[reportArgumentType]  (both are of one layout)
         self._norm.load_(self._agent.norm)
-        self._starts.copy_(self.env.starts(episodes.seeds.flatten()))
-        self._cap.fill_(_NO_LIMIT if episodes.step_cap is None else episodes.step_cap)
+        self._starts.copy_(episodes.starts(self.env))
+        self._caps.copy_(episodes.caps(self.env.max_episode_steps))
         self._next.zero_()
         self._diverged.zero_()
         self._job.fill_(self.jobs)
         self._live.fill_(False)
-        # Poisoned, so that a job that never ran cannot pass for one that did.
+        # Invalid values, so that a job that was never played is detected.
         self._returns.fill_(torch.nan)
         self._lengths.fill_(-1)
 
-    # What follows is captured: no value reaches the host, no shape depends on one, every result goes to memory that stays.
+    # The following methods are captured: no value reaches the host, no shape depends on one, and all results go to
+    # fixed memory.
 
     def _whole_launch(self) -> None:
         for _ in range(self._launch_options.steps):
@@ -269,7 +310,7 @@ class DeviceRollout:
 
     @torch.no_grad()
     def _act(self) -> None:
-        """Actions of all slots for the observations at hand."""
+        """Compute the actions of all slots for the current observations."""
         if self.moment_jobs:
             shown = torch.where(self._live[:, None], self._obs, 0)
             self._total += shown
@@ -281,7 +322,7 @@ class DeviceRollout:
         self._action.copy_(self._actions(output))
 
     def _keep(self, obs: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> None:
-        """Bring a step's outcome to where what was captured looks for it."""
+        """Copy the outcome of a step to the captured memory."""
         self._obs.copy_(obs)
         self._reward.copy_(reward)
         self._terminated.copy_(terminated)
@@ -289,17 +330,26 @@ class DeviceRollout:
         self._env_diverged.copy_(self.env.diverged)
 
     def _absorb(self) -> None:
-        """Take in a step's outcome; a slot whose episode ended is frozen."""
+        """Process the outcome of a step; slots whose episodes ended are frozen."""
         self._return += self._reward
         self._elapsed += self._live
         self._diverged += self._env_diverged.sum()
-        self._live &= ~(self._terminated | self._truncated | (self._elapsed >= self._cap))
+        over = self._terminated | self._truncated
+        done = over | (self._elapsed >= self._cap)
+        if self._segments:  # now, because physics on a GPU does not keep the state of a slot that is not live
+            ended = self._live & done
+            self._end.copy_(torch.where(ended[:, None], self.env.states(), self._end))
+            self._over.copy_(torch.where(ended, over, self._over))
+        self._live &= ~done
 
     def _record(self) -> None:
-        """Write the results of the slots that ended."""
+        """Write the results of finished slots."""
         at = torch.where(self._live, self.jobs, self._job)
         self._returns.index_copy_(0, at, self._return)
         self._lengths.index_copy_(0, at, self._elapsed)
+        if self._segments:
+            self._ends.index_copy_(0, at, self._end)
+            self._overs.index_copy_(0, at, self._over)
         if self.moment_jobs:
             at = at.clamp(max=self.moment_jobs)
             self._totals.index_copy_(0, at, self._total)
@@ -307,13 +357,14 @@ class DeviceRollout:
         self._job.masked_fill_(~self._live, self.jobs)
 
     def _begin(self) -> None:
-        """Slots without a job take the next ones, in the order of the slots, as long as there are any."""
+        """Assign the next jobs to slots without one, in the order of the slots, until the queue is empty."""
         place = self._next + (~self._live).cumsum(0) - 1
         new = ~self._live & (place < self.jobs)
         chosen = place.clamp(0, self.jobs - 1)
         self._obs.copy_(self.env.restart_where(new, self._starts.index_select(0, chosen)))
         self._rows.replace_where(new, chosen // self.episodes)
         self._job.copy_(torch.where(new, place, self._job))
+        self._cap.copy_(torch.where(new, self._caps.index_select(0, chosen), self._cap))
         for counted in (self._elapsed, self._return):
             counted.masked_fill_(new, 0)
         for rows in (self._total, self._squares) if self.moment_jobs else ():
@@ -324,9 +375,9 @@ class DeviceRollout:
         self._live |= new
 
     def _captured(self) -> Callable[[], None]:
-        """A launch, in as few graphs as the environment allows."""
+        """Return a function that runs a launch, with as few graphs as the environment allows."""
         if self._use_graphs:
-            # No job is left to take, so all slots are frozen.
+            # The queue is empty, so all slots are frozen.
             torch.cuda.synchronize(self.env.device)
             with torch.cuda.stream(torch.cuda.Stream(self.env.device)):
                 for _ in range(_WARM_UP):
@@ -349,10 +400,10 @@ class DeviceRollout:
 
 
 class _Watch:
-    """Tells the host whether a slot is live, without waiting for the launch that says so: for the one before it.
+    """Tells the host whether any slot is live, with a delay of one launch so that it does not wait for the last one.
 
     Attributes:
-        remaining: whether a slot was live when it was last known.
+        remaining: whether any slot was live after the last launch whose flag has arrived.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -362,11 +413,11 @@ class _Watch:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Reset, for a new rollout."""
         self.remaining, self._looks = True, 0
 
     def look(self, flag: Tensor) -> None:
-        """Ask for ``flag``, a scalar on the device; take in what was asked for last time."""
+        """Start copying ``flag``, a scalar on the device, to the host, and read the flag that was copied before."""
         now, before = self._looks % 2, (self._looks + 1) % 2
         self._flags[now].copy_(flag, non_blocking=True)
         if self._events is not None:
@@ -379,7 +430,7 @@ class _Watch:
 
 
 def _graph(function: Callable[[], None]) -> Callable[[], None]:
-    """The function as a CUDA graph."""
+    """Capture the function as a CUDA graph."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -392,7 +443,7 @@ def _plain_call(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device had too little memory; warp says so with a RuntimeError, and a capture hides what broke it off."""
+    """Return whether a device ran out of memory; warp raises a RuntimeError, and a failed capture hides its cause."""
     said = str(error).lower()
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "failed to allocate" in said:
         return True

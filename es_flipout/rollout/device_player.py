@@ -1,4 +1,4 @@
-"""Plays the episodes of a generation on a device that the host never waits for: :class:`DevicePlayer`."""
+"""The player for rollouts on a device: :class:`DevicePlayer`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from es_flipout.strategy.unperturbed import Unperturbed
 
 Result = TypeVar("Result")
 
-_KEPT = 2  # training and scoring have a layout each
+_KEPT = 2  # one layout for training and one for scoring
 
 
 class DevicePlayer(Player):
-    """Plays in environments on a device, with everything else there too (see :mod:`es_flipout.rollout.device`).
+    """Plays in environments on a device, with everything else there, too (see :mod:`es_flipout.rollout.device`).
 
-    Where the memory of the device is too small, the slots are halved and the generation is played again.
+    If the device runs out of memory, the number of slots is halved and the generation is played again.
 
     Attributes:
-        slots: environments stepped side by side, as they are now; fewer are used where there are fewer episodes.
+        slots: current number of environments stepped in parallel; fewer are used if there are fewer episodes.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class DevicePlayer(Player):
         say: Callable[[str], None] | None = None,
         launch: LaunchOptions = DEFAULT_LAUNCH,
     ) -> None:
-        """Make the environments.
+        """Create the environments.
 
         Args:
             agent: see :class:`es_flipout.rollout.players.Player`.
-            make_env: makes a batch of so many environments.
-            slots: environments stepped side by side.
-            say: called with a line when something has to be told.
+            make_env: creates a batch of the given number of environments.
+            slots: environments stepped in parallel.
+            say: called with one-line messages for the user.
             launch: see :class:`es_flipout.rollout.device.DeviceRollout`.
         """
         self.agent = agent
@@ -76,7 +76,7 @@ class DevicePlayer(Player):
         self._envs.clear()
 
     def env(self, slots: int) -> DeviceEnv:
-        """The batch of so many environments; made once."""
+        """Return the batch of ``slots`` environments, which is created once."""
         if slots not in self._envs:
             self._envs[slots] = self._make_env(slots)
         return self._envs[slots]
@@ -89,7 +89,7 @@ class DevicePlayer(Player):
                 del self._rollouts[next(iter(self._rollouts))]
             env = self.env(min(episodes.jobs, self.slots))
             rollout = DeviceRollout(env, self.agent, population, episodes, self._launch)
-        self._rollouts[key] = rollout  # last, for it was used last
+        self._rollouts[key] = rollout  # moved to the end, as the most recently used one
         return rollout
 
     def _tell(self, message: str) -> None:
@@ -97,7 +97,7 @@ class DevicePlayer(Player):
             self._say(message)
 
     def _with_less_memory(self, work: Callable[[], Result]) -> Result:
-        """The result of ``work``, with half the slots as often as memory is too small."""
+        """Return the result of ``work``; halve the slots and repeat it while the device runs out of memory."""
         while True:
             try:
                 return work()
@@ -106,19 +106,19 @@ class DevicePlayer(Player):
                     raise
                 if self.slots == 1:
                     raise UserError("the device has too little memory even for one environment") from None
-            # Out here the error no longer holds on to what was being computed.
+            # Outside of the handler, the exception no longer keeps tensors alive.
             before, self.slots = self.slots, self.slots // 2
             self.close()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._tell(
-                f"warning: the device has too little memory for {before} environments side by side; going on with "
+                f"warning: the device has too little memory for {before} parallel environments; continuing with "
                 f"{self.slots}"
             )
 
     def _tell_overflow(self, env: DeviceEnv) -> None:
-        """Say once that the physics had too little room."""
+        """Warn once if environments exceeded the maximum number of contacts."""
         overflow = getattr(env, "overflow", None)
         if overflow is None or self._overflow_told:
             return
@@ -126,6 +126,6 @@ class DevicePlayer(Player):
         if slots:
             self._overflow_told = True
             self._tell(
-                f"warning: {env.env_id}: {slots} of {env.num_envs} environments had more contacts than there was room "
-                "for, so their motion is not exact"
+                f"warning: {env.env_id}: {slots} of {env.num_envs} environments exceeded the maximum number of "
+                "contacts, so their motion is not exact"
             )

@@ -1,6 +1,6 @@
-"""What is asked of a rollout and what comes of it: :class:`Episodes` and :class:`Rollout`.
+"""The request to a player and its result: :class:`Episodes` and :class:`Rollout`.
 
-Letters: ``P`` members, ``E`` episodes of each, ``J = P * E`` jobs, ``O`` observation size.
+Letters: ``P`` members, ``E`` episodes per member, ``J = P * E`` jobs, ``O`` observation size.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,16 +17,41 @@ from es_flipout.policies.observation_norm import Moments
 from es_flipout.randomness import Address, Stream, integers
 from es_flipout.strategy.population import Population
 
-# Observation statistics come from this many episodes of a generation at most: their mean is known long before that.
+# At most this many episodes of a generation contribute observation statistics; more would hardly improve them.
 MOMENT_JOBS = 4096
-# Jobs whose observations are summed together: sums of whole blocks can be joined without changing a bit.
+# Number of jobs whose observations are summed together: sums of whole blocks can be joined without changing a bit.
 MOMENT_BLOCK = 16
+
+NO_LIMIT = torch.iinfo(torch.int64).max
 
 ShouldStop = Callable[[], bool]
 
 
-class RolloutInterrupted(Exception):  # noqa: N818  (not an error: the caller asked for it)
-    """The caller's ``should_stop`` returned true; nothing of the rollout is kept."""
+class StartsEnv(Protocol):
+    """An environment whose start states are vectors."""
+
+    def starts(self, seeds: Tensor) -> Tensor:
+        """See :meth:`es_flipout.envs.native.NativeBatchEnv.starts`."""
+        ...
+
+
+class RolloutInterrupted(Exception):  # noqa: N818  (not an error: the caller requested it)
+    """The caller's ``should_stop`` returned true; the results of the rollout are discarded."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where episodes continue that were stopped before their end.
+
+    Attributes:
+        states: ``(P, E, K)`` float64, states of the environments as
+            :meth:`es_flipout.envs.native.NativeBatchEnv.states` returns them; ignored for episodes that start from
+            their seed.
+        elapsed: ``(P, E)`` int64, steps that were played so far; 0 for an episode that starts from its seed.
+    """
+
+    states: Tensor
+    elapsed: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,19 +59,23 @@ class Episodes:
     """A request: which episodes to play, and what to record.
 
     Attributes:
-        seeds: ``(P, E)`` int64, start states of every member's episodes.
-        step_cap: end episodes after this many steps, if that is before the environment's own limit.
-        remove_alive_bonus: leave the environment's alive bonus out of :attr:`Rollout.fitness`.
-        moment_jobs: sum up the observations of this many jobs, the first ones; 0 for none.
+        seeds: ``(P, E)`` int64, seeds of the start states.
+        step_cap: maximum number of steps per episode, if below the environment's own limit.
+        remove_alive_bonus: whether :attr:`Rollout.fitness` excludes the environment's alive bonus.
+        moment_jobs: the number of first jobs whose observations are summed; 0 for none.
+        segments: continue these episodes instead of starting new ones, and record :attr:`Rollout.ends`. The
+            environments must be :class:`es_flipout.envs.native.NativeBatchEnv`. None plays from the start.
 
     Raises:
-        ValueError: ``seeds`` is no int64 matrix of at least one column, or ``step_cap`` is less than 1.
+        ValueError: ``seeds`` is not an int64 matrix with at least one column, ``step_cap`` is less than 1, or
+            ``segments`` has another shape than ``seeds``.
     """
 
     seeds: Tensor
     step_cap: int | None = None
     remove_alive_bonus: bool = False
     moment_jobs: int = 0
+    segments: Segments | None = None
 
     def __post_init__(self) -> None:
         if self.seeds.ndim != 2:
@@ -56,10 +86,13 @@ class Episodes:
             raise ValueError(f"episodes must be at least 1, got {self.count}")
         if self.step_cap is not None and self.step_cap < 1:
             raise ValueError(f"step_cap must be at least 1, got {self.step_cap}")
+        if self.segments is not None and self.segments.elapsed.shape != self.seeds.shape:
+            shapes = tuple(self.seeds.shape), tuple(self.segments.elapsed.shape)
+            raise ValueError("segments must have shape {}, got {}".format(*shapes))
 
     @property
     def count(self) -> int:
-        """Episodes of each member, ``E``."""
+        """Episodes per member, ``E``."""
         return self.seeds.shape[1]
 
     @property
@@ -69,32 +102,65 @@ class Episodes:
 
     @property
     def observed_jobs(self) -> int:
-        """Jobs whose observations are summed up."""
+        """Number of jobs whose observations are summed."""
         return min(self.moment_jobs, self.jobs)
 
     def check(self, size: int) -> None:
         """Check that these are episodes of ``size`` members.
 
         Raises:
-            ValueError: they are not.
+            ValueError: the number of members differs.
         """
         if len(self.seeds) != size:
             raise ValueError(f"seeds must have shape ({size}, {self.count}), got {tuple(self.seeds.shape)}")
 
     def cap_below(self, limit: int | None) -> int | None:
-        """The cap, where it is below the environment's own limit; else None."""
+        """Return the cap if it is below the environment's own limit, otherwise None."""
         return self.step_cap if self.step_cap is not None and (limit is None or self.step_cap < limit) else None
+
+    def starts(self, env: StartsEnv) -> Tensor:
+        """Return the states in which the jobs start, ``(J, K)`` float64 on the device of ``env``."""
+        starts = env.starts(self.seeds.flatten())
+        if self.segments is None:
+            return starts
+        states = self.segments.states.flatten(0, 1).to(starts)
+        return torch.where(self._continues(self.segments).to(starts.device)[:, None], states, starts)
+
+    def caps(self, limit: int | None) -> Tensor:
+        """Return the maximum number of steps of every job, ``(J,)`` int64, given the environment's own limit."""
+        cap = torch.full((self.jobs,), NO_LIMIT if self.step_cap is None else self.step_cap)
+        if limit is None or self.segments is None:
+            return cap if limit is None else cap.clamp(max=limit)
+        return torch.minimum(cap, limit - self.segments.elapsed.flatten())
+
+    @staticmethod
+    def _continues(segments: Segments) -> Tensor:
+        return segments.elapsed.flatten() > 0
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How segments of episodes ended.
+
+    Attributes:
+        states: ``(P, E, K)`` float64, the last state of every segment.
+        running: ``(P, E)`` bool, whether the episode itself goes on: it neither ended nor reached the time limit.
+    """
+
+    states: Tensor
+    running: Tensor
 
 
 @dataclass(frozen=True)
 class JobResults:
-    """What the host or a device knows of every job when all have been played.
+    """The results of all jobs.
 
     Attributes:
         returns: ``(P, E)`` float64.
         lengths: ``(P, E)`` int64.
-        total, squares: ``(jobs, O)`` float64, sums over the observations of each of the first jobs, and of their squares.
-        diverged: episodes that ended because the environment's state was no longer finite.
+        total, squares: ``(observed jobs, O)`` float64, sums over the observations of each job, and over their squares.
+        diverged: number of episodes that ended because the environment's state was no longer finite.
+        ends: see :class:`Rollout`.
     """
 
     returns: Tensor
@@ -102,6 +168,7 @@ class JobResults:
     total: Tensor
     squares: Tensor
     diverged: int
+    ends: Ends | None = None
 
 
 @dataclass
@@ -110,11 +177,12 @@ class Rollout:
 
     Attributes:
         episode_returns: ``(P, E)`` float64, the environment's undiscounted returns.
-        lengths: ``(P, E)`` int64, steps of every episode.
+        lengths: ``(P, E)`` int64, number of steps of every episode.
         moment_blocks: sums over the observations that the policies acted on in the first ``Episodes.moment_jobs`` jobs,
-            ``(B, O)``: a row for each ``MOMENT_BLOCK`` jobs, or one for all of them where rollouts are never joined.
-        diverged: episodes that ended because the environment's state was no longer finite.
-        alive_bonus: the reward of a step's mere survival, which ``fitness`` leaves out; 0 to leave it in.
+            ``(B, O)``: one row per ``MOMENT_BLOCK`` jobs, or a single row if rollouts are never joined.
+        diverged: number of episodes that ended because the environment's state was no longer finite.
+        alive_bonus: the reward per step for being alive, which ``fitness`` excludes; 0 to include it.
+        ends: how the episodes' segments ended, if segments were requested.
     """
 
     episode_returns: Tensor
@@ -122,22 +190,24 @@ class Rollout:
     moment_blocks: Moments
     diverged: int
     alive_bonus: float = 0.0
+    ends: Ends | None = None
 
     @classmethod
     def of(cls, jobs: JobResults, alive_bonus: float) -> Rollout:
-        """The rollout from the results of its jobs."""
+        """Create a rollout from the results of its jobs."""
         assert bool((jobs.lengths > 0).all()), "a job was lost"
         steps = float(jobs.lengths.flatten()[: len(jobs.total)].sum())
         moments = Moments(steps, _block_sums(jobs.total), _block_sums(jobs.squares))
-        return cls(jobs.returns, jobs.lengths, moments, jobs.diverged, alive_bonus)
+        return cls(jobs.returns, jobs.lengths, moments, jobs.diverged, alive_bonus, jobs.ends)
 
     @classmethod
     def join(cls, parts: Sequence[Rollout]) -> Rollout:
-        """The rollout of all members from those of consecutive shards of them, bitwise identical to playing them at once.
+        """Join the rollouts of consecutive shards; the result is bitwise identical to playing all members at once.
 
-        The jobs of every shard but the last must fill whole blocks of ``MOMENT_BLOCK``.
+        The jobs of every shard except the last must fill whole blocks of ``MOMENT_BLOCK``.
         """
         blocks = [part.moment_blocks for part in parts]
+        ends = [part.ends for part in parts if part.ends is not None]
         return cls(
             torch.cat([part.episode_returns for part in parts]),
             torch.cat([part.lengths for part in parts]),
@@ -148,21 +218,22 @@ class Rollout:
             ),
             sum(part.diverged for part in parts),
             parts[0].alive_bonus,
+            Ends(torch.cat([end.states for end in ends]), torch.cat([end.running for end in ends])) if ends else None,
         )
 
     @cached_property
     def returns(self) -> Tensor:
-        """``(P,)`` float64, mean over the member's episodes."""
+        """``(P,)`` float64, mean over each member's episodes."""
         return self.episode_returns.mean(1)
 
     @cached_property
     def fitness(self) -> Tensor:
-        """``(P,)`` float64, what to train on: the returns, without the alive bonus where that was asked for."""
+        """``(P,)`` float64, what is ranked: the returns, without the alive bonus if that was requested."""
         return (self.episode_returns - self.alive_bonus * self.lengths).mean(1)
 
     @cached_property
     def env_steps(self) -> int:
-        """Live environment steps, all episodes together."""
+        """Live environment steps of all episodes."""
         return int(self.lengths.sum())
 
     @cached_property
@@ -173,17 +244,17 @@ class Rollout:
 
     @cached_property
     def nan_returns(self) -> int:
-        """Members whose return is NaN."""
+        """Number of members whose return is NaN."""
         return int(self.returns.isnan().sum())
 
 
 def start_seeds(population: Population, episodes: int, common: bool = False) -> Tensor:
-    """Seeds of the start states of a generation's episodes, ``(P, E)`` int64; antithetic partners share theirs.
+    """Draw seeds of start states for a generation, ``(P, E)`` int64; antithetic partners have the same seeds.
 
     Args:
         population: its seed and generation address the seeds.
         episodes: ``E``.
-        common: give all members the same start states (common random numbers).
+        common: whether all members have the same start states (common random numbers).
     """
     members = population.members
     sources = torch.zeros_like(members.sources) if common else members.sources
@@ -192,7 +263,7 @@ def start_seeds(population: Population, episodes: int, common: bool = False) -> 
 
 
 def _block_sums(sums: Tensor) -> Tensor:
-    """Sums over blocks of jobs, one job after the other: bitwise identical for any slots and shards the jobs were played in."""
+    """Sum over blocks of jobs, job by job, so that bits do not depend on the slots and shards that played the jobs."""
     blocks, size = -(-len(sums) // MOMENT_BLOCK), sums.shape[1]
     jobs = torch.cat([sums, sums.new_zeros(blocks * MOMENT_BLOCK - len(sums), size)]).view(blocks, MOMENT_BLOCK, size)
     total = sums.new_zeros(blocks, size)

@@ -1,10 +1,11 @@
 """The rollout on the host: a population plays its episodes in a batch of environments.
 
-The ``P * E`` episodes are jobs in a queue. Every slot of the environments plays one job; a slot whose episode ends takes
-the next job at once. Dead slots are not stepped and not counted. Given two environments, physics and policy are
-double-buffered: the physics of one runs in a thread (which releases the GIL) while the policy works on the other.
+The ``P * E`` episodes are jobs in a queue. Every slot of the environments plays one job; when its episode ends, it
+takes the next job immediately. Dead slots are neither stepped nor counted. With two batches of environments, physics
+and policy are double-buffered: the physics of one batch runs in a thread (which releases the GIL) during the forward
+for the other.
 
-Letters: ``P`` members, ``E`` episodes of each, ``J = P * E`` jobs, ``S`` slots of one environment, ``O`` observation size.
+Letters: ``P`` members, ``E`` episodes per member, ``J = P * E`` jobs, ``S`` slots of one batch, ``O`` observation size.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor
 
 from es_flipout.envs.base import BatchEnv
+from es_flipout.envs.native import NativeBatchEnv
+from es_flipout.envs.observed import ObservedBatchEnv
 from es_flipout.policies.action_map import ActionMap
 from es_flipout.policies.observation_norm import Identity
 from es_flipout.rollout.episodes import (
     MOMENT_JOBS,
+    Ends,
     Episodes,
     JobResults,
     Rollout,
@@ -33,37 +37,37 @@ from es_flipout.rollout.episodes import (
 )
 from es_flipout.strategy.population import Population
 
-_Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # what BatchEnv.step returns
+_Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # the result of BatchEnv.step
 
 
 class PopulationLike(Protocol):
-    """What a rollout needs of a population."""
+    """What a rollout requires of a population."""
 
     size: int
 
     @property
     def device(self) -> torch.device:
-        """Where observations are expected."""
+        """Device of the inputs."""
         ...
 
     def initial_state(self, rows: int) -> Tensor | None:
-        """What policies with memory remember at the start of an episode, ``(rows, state size)``; None without memory."""
+        """Return the recurrent state at the start of an episode, ``(rows, state_size)``; None without memory."""
         ...
 
     def select(self, members: Tensor) -> PolicyBatch:
-        """A forward for the given members."""
+        """Return the forward of the given members."""
         ...
 
 
 class PolicyBatch(Protocol):
-    """A forward whose row ``i`` belongs to one member, and can be given to another."""
+    """A forward in which every row belongs to one member and can be reassigned to another."""
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """``(n, O)`` to ``(n, outputs)``; with memory, that and the state to the outputs and the next state."""
+        """Map ``(n, O)`` to ``(n, outputs)``; with memory, also the state to the next state."""
         ...
 
     def replace(self, rows: Tensor, members: Tensor) -> None:
-        """Give rows to other members."""
+        """Assign other members to rows."""
         ...
 
 
@@ -80,32 +84,32 @@ def run(
 
     Args:
         population: the members.
-        env: one environment batch, or two (of any sizes) to double-buffer physics and policy.
-        episodes: how many of each member, with start states addressed by the population's seed and generation; or a
-            whole request.
-        observation_norm: applied to observations before the policy; only converts to float32 by default.
-        action_map: turns outputs into actions; by default the one of the environment's action space.
-        should_stop: asked once a step; true ends the rollout with :class:`RolloutInterrupted`.
+        env: one batch of environments, or two (of any sizes) to double-buffer physics and policy.
+        episodes: the number of episodes per member, with start states addressed by the population's seed and
+            generation; or a complete request.
+        observation_norm: applied to observations before the policy; by default, they are only converted to float32.
+        action_map: maps outputs to actions; by default, that of the environment's action space.
+        should_stop: called once per step; if it returns true, :class:`RolloutInterrupted` is raised.
 
     Returns:
-        The returns, lengths and observation moments.
+        Returns, lengths and observation moments.
 
     Raises:
-        ValueError: the request is not one for this population.
-        EnvironmentFailureError: the environment's own code raised.
+        ValueError: the request does not fit the population.
+        EnvironmentFailureError: the environment's own code raised an exception.
     """
     envs = [env] if isinstance(env, BatchEnv) else list(env)
     if not isinstance(episodes, Episodes):
         if episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {episodes}")
         if not isinstance(population, Population):
-            raise ValueError("seeds are needed for anything but a Population")
+            raise ValueError("seeds are needed (pass Episodes) unless the population is a Population")
         episodes = Episodes(start_seeds(population, episodes), moment_jobs=MOMENT_JOBS)
     episodes.check(population.size)
     jobs = _Jobs(episodes, envs[0])
     norm = observation_norm if observation_norm is not None else Identity()
     actions = action_map if action_map is not None else ActionMap(envs[0].action_space)
-    own_actions = copy.copy(actions).to(population.device)  # the caller's stays where it is
+    own_actions = copy.copy(actions).to(population.device)  # the caller's map is not moved
     lanes = [_Lane(e, population, jobs, norm, own_actions) for e in envs]
     if len(lanes) == 1:
         _run_alone(lanes[0], should_stop)
@@ -122,7 +126,7 @@ def _run_alone(lane: _Lane, should_stop: ShouldStop | None) -> None:
 
 
 def _run_overlapped(lanes: list[_Lane], should_stop: ShouldStop | None) -> None:
-    """Every lane has a thread that steps its environment; this one serves the lanes in turn, so the order is fixed."""
+    """Step every lane in its own thread; this thread serves the lanes in turn, so the order is fixed."""
     steppers = [_Stepper(lane) for lane in lanes if lane.any_live]
     try:
         for stepper in steppers:
@@ -142,7 +146,7 @@ def _run_overlapped(lanes: list[_Lane], should_stop: ShouldStop | None) -> None:
 
 
 class _Stepper:
-    """Steps one lane's environment in a thread. Plain queues: a future costs as much as a small network."""
+    """Steps the environments of one lane in a thread. Uses plain queues: a future costs as much as a small network."""
 
     def __init__(self, lane: _Lane) -> None:
         self.lane = lane
@@ -152,18 +156,18 @@ class _Stepper:
         self._thread.start()
 
     def send(self) -> None:
-        """Begin the step that follows from the observations at hand."""
+        """Start the next step, with actions for the current observations."""
         self._todo.put(self.lane.act())
 
     def receive(self) -> None:
-        """Wait for the step and take it in."""
+        """Wait for the step and process its outcome."""
         outcome = self._done.get()
         if isinstance(outcome, BaseException):
             raise outcome
         self.lane.absorb(*outcome)
 
     def close(self) -> None:
-        """End the thread, after the step that it may be in."""
+        """Stop the thread after its current step."""
         self._todo.put(None)
         self._thread.join()
 
@@ -176,15 +180,16 @@ class _Stepper:
 
 
 class _Jobs:
-    """The queue of episodes, and what came of each."""
+    """The queue of episodes, and the result of each."""
 
     def __init__(self, episodes: Episodes, env: BatchEnv) -> None:
         self.episodes = episodes
         self.cap = episodes.cap_below(env.max_episode_steps)
         self.seeds = episodes.seeds.flatten()
+        self.segments = None if episodes.segments is None else _SegmentJobs(episodes, env)
         self.next = 0
         count, size = len(self.seeds), env.observation_space.shape[0]
-        # Poisoned, so that a job that never ran cannot pass for one that did.
+        # Invalid values, so that a job that was never played is detected.
         self.returns = torch.full((count,), torch.nan, dtype=torch.float64)
         self.lengths = torch.full((count,), -1, dtype=torch.int64)
         self.diverged = 0
@@ -193,7 +198,7 @@ class _Jobs:
         self.squares = torch.zeros(self.observed, size, dtype=torch.float64)
 
     def take(self, count: int) -> Tensor:
-        """The next jobs, at most ``count``."""
+        """Return the next jobs, at most ``count``."""
         first, self.next = self.next, min(self.next + count, len(self.seeds))
         return torch.arange(first, self.next)
 
@@ -202,11 +207,37 @@ class _Jobs:
 
     def results(self) -> JobResults:
         shape = self.episodes.seeds.shape
-        return JobResults(self.returns.view(shape), self.lengths.view(shape), self.total, self.squares, self.diverged)
+        ends = None if self.segments is None else self.segments.ends()
+        returns, lengths = self.returns.view(shape), self.lengths.view(shape)
+        return JobResults(returns, lengths, self.total, self.squares, self.diverged, ends)
+
+
+class _SegmentJobs:
+    """Start and end states of jobs that are segments of longer episodes."""
+
+    def __init__(self, episodes: Episodes, env: BatchEnv) -> None:
+        assert episodes.segments is not None
+        if not isinstance(env, NativeBatchEnv | ObservedBatchEnv):
+            raise ValueError(f"{env.env_id} has no states to continue from")
+        self.starts = episodes.starts(env).cpu()
+        self.caps = episodes.caps(env.max_episode_steps)
+        self._elapsed, self._limit = episodes.segments.elapsed.flatten(), env.max_episode_steps
+        self._shape = episodes.seeds.shape
+        self._states = torch.full_like(self.starts, torch.nan)
+        self._running = torch.zeros(episodes.jobs, dtype=torch.bool)
+
+    def record(self, jobs: Tensor, states: Tensor, over: Tensor, lengths: Tensor) -> None:
+        """Take the last states of jobs, whether their episodes ended, and their lengths; all have one row per job."""
+        self._states[jobs] = states
+        at_limit = self._limit is not None and self._elapsed[jobs] + lengths >= self._limit
+        self._running[jobs] = ~(over | at_limit)
+
+    def ends(self) -> Ends:
+        return Ends(self._states.view(*self._shape, -1), self._running.view(self._shape))
 
 
 class _Lane:
-    """One environment batch and the jobs in its slots."""
+    """One batch of environments and the jobs in its slots."""
 
     def __init__(
         self,
@@ -218,7 +249,7 @@ class _Lane:
     ) -> None:
         slots = env.num_envs
         self.env, self.population, self.jobs = env, population, jobs
-        self.norm, self.actions, self.cap = norm, actions, jobs.cap
+        self.norm, self.actions = norm, actions
         self.job = torch.zeros(slots, dtype=torch.int64)
         self.live = torch.zeros(slots, dtype=torch.bool)
         self.elapsed = torch.zeros(slots, dtype=torch.int64)
@@ -227,6 +258,8 @@ class _Lane:
         self.squares = torch.zeros_like(self.total)
         self.state = population.initial_state(slots)
         self.obs = torch.zeros(0)
+        self.caps = torch.zeros(slots, dtype=torch.int64)
+        self.cap = jobs.cap if jobs.segments is None else self.caps.numpy()
         self._begin(torch.arange(slots))
         self.any_live = bool(self.live.any())
         if self.any_live:
@@ -238,7 +271,7 @@ class _Lane:
         return None if self.all_live else self.live
 
     def _begin(self, slots: Tensor) -> Tensor:
-        """Start the next jobs in the given slots, as many as there are; returns the slots that got one."""
+        """Start the next jobs in the given slots, and return the slots that got one."""
         new = self.jobs.take(len(slots))
         started = slots[: len(new)]
         self.job[started] = new
@@ -250,26 +283,38 @@ class _Lane:
             self.total[started], self.squares[started] = 0.0, 0.0
             if self.state is not None:
                 self.state[started] = 0.0
-            seeds, mask = torch.zeros_like(self.job), torch.zeros_like(self.live)
-            seeds[started], mask[started] = self.jobs.seeds[new], True
-            self.obs = self.env.reset(seeds, mask).cpu()
+            mask = torch.zeros_like(self.live)
+            mask[started] = True
+            self.obs = self._start(new, started, mask).cpu()
         return started
 
+    def _start(self, jobs: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        """Start jobs in the slots of ``mask``, and return the observations of all slots."""
+        if self.jobs.segments is None:
+            seeds = torch.zeros_like(self.job)
+            seeds[slots] = self.jobs.seeds[jobs]
+            return self.env.reset(seeds, mask)
+        assert isinstance(self.env, NativeBatchEnv | ObservedBatchEnv)
+        starts = self.jobs.segments.starts.new_zeros(len(mask), self.jobs.segments.starts.shape[1])
+        starts[slots] = self.jobs.segments.starts[jobs]
+        self.caps[slots] = self.jobs.segments.caps[jobs]
+        return self.env.restart_where(mask, starts)
+
     def _lay_out(self) -> None:
-        """Give a policy row to every live slot and to no other."""
+        """Assign one policy row to every live slot, and none to dead ones."""
         self.rows = None if self.all_live else self.live.nonzero()[:, 0]
         self.num_rows = len(self.live) if self.rows is None else len(self.rows)
         jobs = self.job if self.rows is None else self.job[self.rows]
         self.policy = self.population.select(self.jobs.member_of(jobs).to(self.population.device))
 
     def act(self) -> Tensor:
-        """Actions of all slots for the observations at hand; dead slots get zeros."""
+        """Compute the actions of all slots for the current observations; dead slots get zeros."""
         obs = self.obs
         if self.jobs.observed:
             self.total += obs
             self.squares.addcmul_(obs, obs)
         x = obs if self.rows is None else obs[self.rows]
-        # Statistics are where the observations are: on the host.
+        # Statistics are on the host, like the observations.
         action = self.actions(self._outputs(self.norm(x).to(self.population.device))).to(self.env.device)
         if self.rows is None:
             return action
@@ -278,7 +323,7 @@ class _Lane:
         return full
 
     def _outputs(self, x: Tensor) -> Tensor:
-        """The policies' outputs for the rows' observations; what they remember goes on."""
+        """Compute the policies' outputs for the rows' observations, and update recurrent states."""
         if self.state is None:
             return self.policy(x)
         if self.rows is None:
@@ -288,22 +333,25 @@ class _Lane:
         return output
 
     def absorb(self, obs: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> None:
-        """Take in a step's outcome; end episodes and start the next jobs."""
+        """Process the outcome of a step: end episodes and start the next jobs."""
         if obs.device.type != "cpu":
             obs, reward, terminated, truncated = obs.cpu(), reward.cpu(), terminated.cpu(), truncated.cpu()
         self.obs = obs
-        # NumPy: right after physics, with cold caches, a torch operation on a few hundred numbers takes several times as long.
+        # NumPy, because after physics, with cold caches, torch operations on a few hundred numbers take several times
+        # as long.
         returns, elapsed = self.returns.numpy(), self.elapsed.numpy()
         np.add(returns, reward.numpy(), out=returns)
         np.add(elapsed, 1, out=elapsed)
-        done = terminated.numpy() | truncated.numpy()
-        if self.cap is not None:
-            done |= self.live.numpy() & (elapsed >= self.cap)
+        over = terminated.numpy() | truncated.numpy()
+        done = over if self.cap is None else over | (self.live.numpy() & (elapsed >= self.cap))
         if np.count_nonzero(done):
-            self._end(torch.from_numpy(done.nonzero()[0]))
+            self._end(torch.from_numpy(done.nonzero()[0]), torch.from_numpy(over))
 
-    def _end(self, slots: Tensor) -> None:
+    def _end(self, slots: Tensor, over: Tensor) -> None:
         jobs, ended = self.jobs, self.job[slots]
+        if jobs.segments is not None:
+            assert isinstance(self.env, NativeBatchEnv | ObservedBatchEnv)
+            jobs.segments.record(ended, self.env.states().cpu()[slots], over[slots], self.elapsed[slots])
         jobs.returns[ended] = self.returns[slots]
         jobs.lengths[ended] = self.elapsed[slots]
         jobs.diverged += int(self.env.diverged.cpu()[slots].sum())
@@ -314,7 +362,7 @@ class _Lane:
         started = self._begin(slots)
         self.any_live = bool(self.live.any())
         if len(started):
-            # While there are jobs every slot has one, so here rows are slots.
+            # While there are jobs, every slot has one, so rows are slots here.
             assert self.rows is None
             self.policy.replace(started, self.jobs.member_of(self.job[started]).to(self.population.device))
         if self.any_live and 2 * int(self.live.sum()) <= self.num_rows:

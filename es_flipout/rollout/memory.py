@@ -1,4 +1,4 @@
-"""Memory: what arrays really take up."""
+"""Memory: the bytes that arrays actually occupy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def stored_bytes(*roots: object) -> int:
-    """Bytes of all arrays that can be reached from ``roots``: of torch, NumPy and warp; what several share counts once."""
+    """Return the bytes of all torch, NumPy and warp arrays reachable from ``roots``; shared memory is counted once."""
     places: dict[int, int] = {}
     for item in _reachable(roots):
         place, size = _place(item)
@@ -19,18 +19,18 @@ def stored_bytes(*roots: object) -> int:
 
 
 def show_bytes(count: int) -> str:
-    """Bytes in decimal MB or GB."""
+    """Format bytes in decimal MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _place(item: object) -> tuple[int, int]:
-    """Address and bytes of an array; zeros of anything else."""
+    """Return the address and bytes of an array; zeros for anything else."""
     if isinstance(item, Tensor):
         storage = item.untyped_storage()
         return storage.data_ptr(), storage.nbytes()
     if isinstance(item, np.ndarray):
         return item.__array_interface__["data"][0], item.nbytes
-    if type(item).__module__.partition(".")[0] == "warp":  # which need not be installed
+    if type(item).__module__.partition(".")[0] == "warp":  # warp need not be installed
         return getattr(item, "ptr", None) or 0, getattr(item, "capacity", None) or 0
     return 0, 0
 

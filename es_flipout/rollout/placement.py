@@ -1,7 +1,7 @@
-"""Where policies and physics are computed: what was asked for, or what a short measurement found faster.
+"""Placement of policies and physics: as requested, or the fastest one in a short measurement.
 
-There are three placements. All on the CPU; policies on a GPU and physics on the CPU, in two halves that take turns; and all
-on the GPU, for the environments that this package has there (torch and MuJoCo's).
+There are three placements: everything on the CPU; policies on a GPU and physics on the CPU, double-buffered; and
+everything on the GPU, for environments with a GPU backend (torch and MuJoCo).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from es_flipout.rollout.builder import Say, backend_of, build, slots_for
 from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes, start_seeds
 from es_flipout.rollout.plan import slots_that_fit
 
-_SECONDS = 1.5  # of one measurement, about
-_TRIAL_STEPS = 16  # of every episode, in the trial that says how many steps fill that time
+_SECONDS = 1.5  # approximate duration of one measurement
+_TRIAL_STEPS = 16  # steps per episode in the trial that determines how many steps fill that time
 
 
 class Placement(NamedTuple):
-    """Device of the policies and of the physics."""
+    """Devices of policies and physics."""
 
     device: str
     physics: str
@@ -36,28 +36,28 @@ class Placement(NamedTuple):
         return "GPU" if self.physics == "gpu" else "GPU with physics on the CPU"
 
     def of(self, config: TrainConfig) -> TrainConfig:
-        """The configuration with this placement."""
+        """Return the configuration with this placement."""
         return config.replace(device=self.device, physics=self.physics)
 
 
 def place(config: TrainConfig, say: Say | None = None) -> TrainConfig:
-    """The configuration with device, physics and (for physics on the GPU) slots decided, so that a resumed run keeps them.
+    """Decide device, physics and (for physics on the GPU) slots, so that a resumed run keeps them.
 
     Args:
-        config: what was asked for.
-        say: called with what was measured and chosen.
+        config: the requested configuration.
+        say: called with the measurements and the choice.
 
     Raises:
-        UserError: what was asked for cannot be had here.
+        UserError: the requested placement is not possible on this machine.
     """
     compute = config.compute
     only_cpu = compute.device == "cpu" or compute.worker_kind == "classic"
-    missing = "device cpu was asked for" if only_cpu else missing_cuda()
+    missing = "device cpu was requested" if only_cpu else missing_cuda()
     if missing is not None:
         if compute.device == "cuda":
-            raise UserError(f"device cuda was asked for, but {missing}; use --device cpu")
+            raise UserError(f"device cuda was requested, but {missing}; use --device cpu")
         if compute.physics == "gpu":
-            raise UserError(f"physics gpu was asked for, but {missing}; use --physics cpu")
+            raise UserError(f"physics gpu was requested, but {missing}; use --physics cpu")
         return Placement("cpu", "cpu").of(config)
     options = _options(config)
     chosen = options[0] if len(options) == 1 else faster(options, lambda option: measured(option.of(config)), say)
@@ -65,58 +65,58 @@ def place(config: TrainConfig, say: Say | None = None) -> TrainConfig:
 
 
 def planned(config: TrainConfig) -> TrainConfig:
-    """As :func:`place`, without measuring anything and also where the GPU is not at hand: for a plan."""
+    """Like :func:`place`, for a plan: without measurements, and also for a GPU that this machine does not have."""
     compute = config.compute
     if compute.device == "cpu" or (compute.device == "auto" and missing_cuda() is not None):
         if compute.physics == "gpu":
-            raise UserError("physics gpu needs device cuda")
+            raise UserError("physics gpu requires device cuda")
         return Placement("cpu", "cpu").of(config)
     return _options(config.replace(device="cuda"))[0].of(config)
 
 
 def _with_slots(config: TrainConfig) -> TrainConfig:
-    """The configuration with the slots that fit into the GPU's memory, where its physics is there."""
+    """Return the configuration with the slots that fit into GPU memory, if physics is on the GPU."""
     if config.compute.physics != "gpu" or config.compute.slots is not None:
         return config
     return config.replace(slots=slots_that_fit(config))
 
 
 def missing_cuda() -> str | None:
-    """Why torch cannot use a GPU here, in words; None if it can."""
+    """Return the reason why torch cannot use a GPU; None if it can."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return "torch sees no CUDA GPU here (this build of torch is for the CPU only)"
+        return "torch finds no CUDA GPU (this is a CPU-only build of torch)"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
         return None
     reason = f" ({str(said[-1].message).partition('. ')[0]})" if said else ""
-    return f"torch sees no CUDA GPU here{reason}"
+    return f"torch finds no CUDA GPU{reason}"
 
 
 def _options(config: TrainConfig) -> list[Placement]:
-    """The placements that agree with the configuration, where there is a GPU."""
+    """Return the placements that the configuration allows, given that there is a GPU."""
     compute, backend = config.compute, backend_of(config)
     if compute.physics == "gpu" and backend == "gymnasium":
-        raise UserError(f"{config.task.env_id} has no physics for the GPU; use --physics cpu")
+        raise UserError(f"{config.task.env_id} has no GPU physics; use --physics cpu")
     everywhere = [Placement("cpu", "cpu"), Placement("cuda", "cpu")]
     if backend != "gymnasium":
         everywhere.append(Placement("cuda", "gpu"))
     options = [option for option in everywhere if compute.physics in ("auto", option.physics)]
     if compute.device == "cuda":
-        return [option for option in options if option.device == "cuda"][-1:]  # with the physics, if it may
+        return [option for option in options if option.device == "cuda"][-1:]  # with physics on the GPU, if allowed
     if compute.backend == "ray":
         return options[:1]
     if backend == "torch" and compute.physics == "auto":
-        options.remove(Placement("cuda", "cpu"))  # environments in torch are not what should wait for the bus
+        options.remove(Placement("cuda", "cpu"))  # slower than on the GPU: transfers at every step
     return options
 
 
 def faster(options: list[Placement], measure: Callable[[Placement], float], say: Say | None = None) -> Placement:
-    """The option with the most environment steps per second; one that does not work here is left out.
+    """Return the option with the most environment steps per second; options that do not work are skipped.
 
     Raises:
-        UserError: none works.
+        UserError: no option works.
     """
     rates: dict[Placement, float] = {}
     failed: list[str] = []
@@ -137,15 +137,15 @@ def faster(options: list[Placement], measure: Callable[[Placement], float], say:
 
 
 def measured(config: TrainConfig, seconds: float = _SECONDS) -> float:
-    """Live environment steps per second of rollouts as this configuration would play them, from the start of a run."""
+    """Measure the live environment steps per second of rollouts with this configuration, at the start of a run."""
     config = _with_slots(config)
-    # No more members than play at the same time: more would only take longer.
+    # Only as many members as play at a time: more would only take longer.
     per_source = 2 if config.strategy.antithetic else 1
     members = max(min(config.strategy.population_size, slots_for(config)) // per_source * per_source, 2)
     episodes = config.task.episodes if members == config.strategy.population_size else 1
     _, strategy, player = build(config)
     try:
-        strategy.population_size = members  # the row block stays that of the run
+        strategy.population_size = members  # the row block is still that of the run
         population = strategy.ask()
         seeds = start_seeds(population, episodes)
 
@@ -154,7 +154,7 @@ def measured(config: TrainConfig, seconds: float = _SECONDS) -> float:
             rollout = player.play(population, Episodes(seeds, step_cap=steps, moment_jobs=MOMENT_JOBS))
             return rollout.env_steps, time.perf_counter() - started
 
-        play(1)  # compiles and captures
+        play(1)  # compilation and graph capture
         steps, took = play(_TRIAL_STEPS)
         if took < seconds:
             longer = round(_TRIAL_STEPS * seconds / took)

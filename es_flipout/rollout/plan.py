@@ -1,8 +1,8 @@
-"""How much memory a run will take, before it runs; and how many slots fit into what there is.
+"""Memory of a run, predicted before it runs; and the number of slots that fit into memory.
 
-Everything a run stores grows in proportion to its members and to its slots. So the very objects of the run are made in three
-small sizes, what they really store is counted, and the rest is a straight line. Where a plan for a GPU is made without one,
-plain torch is counted: the kernels store signs in an eighth of it.
+Everything a run stores is linear in its members and slots. Therefore the objects of the run are created in three small
+sizes, the bytes they store are counted, and the rest is a linear extrapolation. Plans for a GPU that are made without
+one count plain torch; the kernels need an eighth of the memory for signs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes
 from es_flipout.rollout.memory import stored_bytes
 
 _SMALL_MEMBERS, _SMALL_SLOTS = 64, 32  # fewer slots than members, so that slots are refilled
-_USED_OF_FREE = 0.9  # the rest is for fragments, libraries and whatever else runs
-_MOST_SLOTS = 1 << 16  # physics on a GPU gains nothing from more
+_USED_OF_FREE = 0.9  # the rest is for fragmentation, libraries and other processes
+_MOST_SLOTS = 1 << 16  # more do not speed up physics on a GPU
 _FLOAT, _DOUBLE = 4, 8
 _OPTIMIZER_COPIES = {"adam": 2, "sgd": 1, "clipup": 1}
-_DRAW_BYTES = 72  # while it is drawn, a random number has a few 64-bit words
-_STEP_BYTES = 12  # of a layer's output and of an observation while a policy is computed
+_DRAW_BYTES = 72  # temporary memory per random number: drawing one takes a few 64-bit words
+_STEP_BYTES = 12  # temporary memory per number of a layer's output or an observation
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Plan:
     """The memory of a run.
 
     Attributes:
-        env_id, device, physics: where it runs.
-        population_size, episodes: of a generation.
-        slots: environments stepped side by side.
-        row_block, blocks: rows of one policy computation, and how many make up a step of all slots.
-        parts: bytes by what they are for.
-        free: bytes that the device (or this machine) has left; None where that is not known.
+        env_id, device, physics: environment and placement.
+        population_size, episodes: members, and episodes per member.
+        slots: environments stepped in parallel.
+        row_block, blocks: rows per policy forward, and number of forwards per step of all slots.
+        parts: bytes by purpose.
+        free: free bytes on the device (or this machine); None if unknown.
     """
 
     env_id: str
@@ -59,11 +59,11 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes, all parts together."""
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, object]:
-        """As printed by ``es-flipout plan --json``."""
+        """Return the plan as printed by ``es-flipout plan --json``."""
         return {**dataclasses.asdict(self), "total": self.total}
 
 
@@ -71,7 +71,7 @@ def make_plan(config: TrainConfig) -> Plan:
     """Predict the memory of a run whose device and physics are decided.
 
     Raises:
-        UserError: it does not fit, whatever the number of slots.
+        UserError: the run does not fit into memory, even with one slot.
     """
     model, compute = _Model(config), config.compute
     slots = model.slots_that_fit() if compute.slots is None and compute.physics == "gpu" else slots_for(config)
@@ -91,16 +91,16 @@ def make_plan(config: TrainConfig) -> Plan:
 
 
 def slots_that_fit(config: TrainConfig) -> int:
-    """The most slots, up to one for each episode, for which the free memory of the device suffices.
+    """Return the largest number of slots, up to one per episode, that fits into the free memory of the device.
 
     Raises:
-        UserError: it does not suffice even for one.
+        UserError: not even one slot fits.
     """
     return _Model(config).slots_that_fit()
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory that is left on ``cpu`` or ``cuda``; None where that cannot be known."""
+    """Return the free memory on ``cpu`` or ``cuda``; None if it cannot be determined."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     meminfo = Path("/proc/meminfo")
@@ -112,7 +112,7 @@ def free_bytes(device: str) -> int | None:
 
 
 class _Line(NamedTuple):
-    """Bytes as a straight line over members and slots."""
+    """Bytes as a linear function of members and slots."""
 
     fixed: float
     per_member: float
@@ -120,12 +120,12 @@ class _Line(NamedTuple):
 
     @classmethod
     def through(cls, small: int, more_members: int, more_slots: int) -> _Line:
-        """Through the bytes of a small run, of one with twice the members and of one with twice the slots."""
+        """Fit the bytes of a small run, of one with twice the members and of one with twice the slots."""
         per_member, per_slot = (more_members - small) / _SMALL_MEMBERS, (more_slots - small) / _SMALL_SLOTS
         return cls(small - per_member * _SMALL_MEMBERS - per_slot * _SMALL_SLOTS, per_member, per_slot)
 
     def at(self, members: int, slots: int) -> int:
-        """Bytes of a run."""
+        """Return the bytes of a run."""
         return max(round(self.fixed + self.per_member * members + self.per_slot * slots), 0)
 
 
@@ -139,7 +139,7 @@ class _Model:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._on_gpu = config.compute.physics == "gpu"
-        # What is counted is the same everywhere; only environments may differ from one device to another.
+        # Most counts do not depend on the device; only environments may store something else on another one.
         has_gpu = torch.cuda.is_available()
         self._device = torch.device("cuda" if self._on_gpu and has_gpu else "cpu")
         sizes = [(_SMALL_MEMBERS, _SMALL_SLOTS), (2 * _SMALL_MEMBERS, _SMALL_SLOTS), (_SMALL_MEMBERS, 2 * _SMALL_SLOTS)]
@@ -147,7 +147,7 @@ class _Model:
         self._lines = {name: _Line.through(*(one[name] for one in counted)) for name in counted[0]}
 
     def _counted(self, members: int, slots: int) -> dict[str, int]:
-        """What the objects of a small run store."""
+        """Count the bytes that the objects of a small run store."""
         kernels = self._config.compute.kernels if self._device.type == "cuda" else "torch"
         config = self._config.replace(population_size=members, row_block=1, kernels=kernels)
         env = self._env(slots)
@@ -178,7 +178,7 @@ class _Model:
         return make_env(task.env_id, slots, self._device, threads=1, observed=task.observed, **kwargs)
 
     def parts(self, slots: int, row_block: int) -> dict[str, int]:
-        """Bytes by what they are for."""
+        """Return bytes by purpose."""
         config, members = self._config, self._config.strategy.population_size
         at = {name: line.at(members, slots) for name, line in self._lines.items()}
         jobs = members * config.task.episodes
@@ -202,7 +202,7 @@ class _Model:
         return parts
 
     def _working(self, slots: int) -> int:
-        """The most that is needed for a while: to draw the largest parameter's noise, or to compute a step's policies."""
+        """Return the peak of temporary memory: to draw the noise of the largest parameter, or for a policy forward."""
         strategy = self._config.strategy
         sources = strategy.population_size // (2 if strategy.antithetic else 1)
         dense = strategy.perturbation == "dense"
@@ -225,7 +225,7 @@ class _Model:
         if total(1) > room:
             raise UserError(
                 f"{task.env_id} with {population_size} members needs {total(1) / 2**30:.1f} GiB even "
-                f"with one environment at a time, and {free / 2**30:.1f} GiB are free; use a smaller population-size"
+                f"with one environment at a time, but only {free / 2**30:.1f} GiB are free; reduce --population-size"
             )
         fits, too_many = 1, jobs + 1
         while too_many - fits > 1:
@@ -238,12 +238,12 @@ class _Model:
 
 
 def _warp_env(config: TrainConfig, slots: int) -> BatchEnv:
-    """MuJoCo for the GPU on the CPU, to count what it stores where there is no GPU."""
+    """Create the GPU backend of MuJoCo on the CPU, to count its memory without a GPU."""
     try:
         from es_flipout.envs.mujoco_gpu import make_warp_env
     except ImportError as error:
         needed = "pip install 'es-flipout[gpu]'"
-        raise UserError(f"{config.task.env_id} on the GPU needs mujoco-warp: {needed} ({error})") from None
+        raise UserError(f"{config.task.env_id} on the GPU requires mujoco-warp: {needed} ({error})") from None
     task = config.task
     env = make_warp_env(task.env_id.removeprefix(NAMESPACE), slots, "cpu", **task.parsed_env_kwargs())
     return env if task.observed is None else ObservedBatchEnv(env, task.observed)

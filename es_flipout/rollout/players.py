@@ -1,4 +1,4 @@
-"""Who plays the episodes of a generation: :class:`Player`, and the one that plays them in environments of this process."""
+"""Players, which play the episodes of a generation: the base class, and one for environments in this process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from es_flipout.strategy.unperturbed import Unperturbed
 
 
 class Player(ABC):
-    """Plays episodes of populations, wherever the environments are.
+    """Plays episodes of populations.
 
     Attributes:
-        agent: its normalization and action map stand around the members' networks.
-        max_episode_steps: of one environment, as in :class:`es_flipout.envs.BatchEnv`.
-        warnings: what the user should know of this arrangement.
+        agent: its normalization and action map are applied around the members' networks.
+        max_episode_steps: the environment's own limit, as in :class:`es_flipout.envs.BatchEnv`.
+        warnings: warnings for the user.
     """
 
     agent: Agent
@@ -30,24 +30,25 @@ class Player(ABC):
     def play(
         self, population: Population | Unperturbed, episodes: Episodes, should_stop: ShouldStop | None = None
     ) -> Rollout:
-        """Play episodes; the result does not depend on who plays.
+        """Play episodes; the result does not depend on the player.
 
         Args:
             population: the members.
-            episodes: of each of them.
-            should_stop: asked again and again; true ends it with :class:`es_flipout.rollout.episodes.RolloutInterrupted`.
+            episodes: the episodes of the members.
+            should_stop: called repeatedly; if it returns true, :class:`es_flipout.rollout.episodes.RolloutInterrupted`
+                is raised.
 
         Raises:
-            ValueError: the request is not one for this population.
-            EnvironmentFailureError: the environment's own code raised.
+            ValueError: the request does not fit the population.
+            EnvironmentFailureError: the environment's own code raised an exception.
         """
 
-    def close(self) -> None:  # noqa: B027 (not every player holds something)
+    def close(self) -> None:  # noqa: B027 (not every player holds resources)
         """Release environments, processes and connections."""
 
 
 class LocalPlayer(Player):
-    """Plays in environments of this process.
+    """Plays in environments in this process.
 
     Attributes:
         envs: one batch of environments, or two that are double-buffered.

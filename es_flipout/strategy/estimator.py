@@ -10,8 +10,8 @@ from es_flipout.strategy.population import Population
 def estimate_gradient(population: Population, weights: Tensor) -> dict[str, Tensor]:
     """Compute 1 / (P sigma) * sum_n weights_n * perturbation_n without materializing a member.
 
-    This is an estimate of the gradient of the expected (shaped) fitness with respect to the mean weights: Flipout paper (Wen
-    et al. 2018), equation 5, summed layer by layer as B * (R^T diag(u) S).
+    This is an estimate of the gradient of the expected (shaped) fitness with respect to the mean weights: Flipout paper
+    (Wen et al. 2018), equation 5, summed layer by layer as B * (R^T diag(u) S).
 
     Args:
         population: the members that were evaluated.

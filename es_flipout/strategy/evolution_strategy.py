@@ -16,7 +16,7 @@ from es_flipout.randomness import Address
 from es_flipout.strategy.estimator import estimate_gradient
 from es_flipout.strategy.optimizers import make_optimizer
 from es_flipout.strategy.population import ForwardSettings, Population
-from es_flipout.strategy.shaping import centered_ranks
+from es_flipout.strategy.shaping import Shaping, shape
 
 
 class EvolutionStrategy:
@@ -35,16 +35,18 @@ class EvolutionStrategy:
             gradient are not changed.
         population_size: ``P``.
         sigma: standard deviation of the perturbations; the attribute may be changed between generations.
-        perturbation: ``"flipout"``, ``"low_rank"``, ``"dense"``, or a family with settings such as ``Flipout(bases=8)``.
+        perturbation: ``"flipout"``, ``"low_rank"``, ``"dense"``, or a family with settings such as
+            ``Flipout(bases=8)``.
         learning_rate: step size; the attribute may be changed between generations.
         optimizer: ``"adam"``, ``"sgd"`` or ``"clipup"``.
         momentum: momentum of the optimizer (beta1 of Adam).
-        weight_decay: every step shrinks the weights by a factor of ``1 - learning_rate * weight_decay`` (decoupled, as in
-            AdamW); biases are not decayed.
+        weight_decay: every step shrinks the weights by a factor of ``1 - learning_rate * weight_decay`` (decoupled, as
+            in AdamW); biases are not decayed.
         antithetic: evaluate every perturbation together with its negative.
         seed: determines all random numbers of the strategy.
         device: device to compute on; by default that of the module.
         row_block, kernels, precision: see :class:`es_flipout.strategy.population.ForwardSettings`.
+        shaping: weights of the members, ``"ranks"`` or ``"differences"``; see :mod:`es_flipout.strategy.shaping`.
 
     Raises:
         UserError: an argument is out of range, or the module has an unsupported layer (named in the message).
@@ -66,10 +68,15 @@ class EvolutionStrategy:
         row_block: int | None = None,
         kernels: KernelChoice = "auto",
         precision: Precision = "ieee",
+        shaping: Shaping = "ranks",
     ) -> None:
         if population_size < 2 or (antithetic and population_size % 2):
             need = "an even number of at least 2 (antithetic pairs)" if antithetic else "at least 2"
             raise UserError(f"population size must be {need}, got {population_size}")
+        if shaping not in ("ranks", "differences"):
+            raise UserError(f"shaping must be ranks or differences, got {shaping!r}")
+        if shaping == "differences" and not antithetic:
+            raise UserError("shaping differences needs antithetic pairs")
         if not sigma > 0:
             raise UserError(f"sigma must be greater than 0, got {sigma}")
         if not 0 <= seed < 2**64:
@@ -89,6 +96,7 @@ class EvolutionStrategy:
         self.family = family_named(perturbation) if isinstance(perturbation, str) else perturbation
         self.weight_decay = weight_decay
         self.antithetic = antithetic
+        self.shaping: Shaping = shaping
         self.seed = seed
         self.generation = 0
         chosen(kernels, self.device, evolved[0].dtype)  # raises now if the kernels cannot be used
@@ -128,7 +136,7 @@ class EvolutionStrategy:
         returns = torch.as_tensor(returns).to(self.device)
         if returns.shape != (self.population_size,):
             raise ValueError(f"returns must have shape ({self.population_size},), got {tuple(returns.shape)}")
-        gradient = estimate_gradient(self._asked, centered_ranks(returns))
+        gradient = estimate_gradient(self._asked, shape(returns, self.shaping))
         for name, parameter in self._mean.named_parameters():
             if not parameter.requires_grad:
                 continue

@@ -1,7 +1,7 @@
 """Chains of linear layers, computed by the kernels; small networks in one launch.
 
-Any other module is called layer by layer (:class:`es_flipout.strategy.selection.Selection`), and only its linear layers use
-kernels.
+Any other module is called layer by layer (:class:`es_flipout.strategy.selection.Selection`), and only its linear layers
+use kernels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Network:
 
 
 class FusedSelection:
-    """Like :class:`es_flipout.strategy.selection.Selection`, for a :class:`Network`; never synchronizes with the device."""
+    """Like :class:`es_flipout.strategy.selection.Selection`, for a :class:`Network`; never waits for the device."""
 
     def __init__(self, network: Network, members: Tensor) -> None:
         self._network = network

@@ -14,8 +14,8 @@ from es_flipout.errors import UserError
 class ClipUp(torch.optim.Optimizer):
     """ClipUp (Toklu et al., "ClipUp: a simple and powerful optimizer for distribution-based policy evolution", PPSN 2020).
 
-    The gradient with respect to all parameters is scaled to norm ``lr`` (the step size), momentum is added, and the velocity
-    is clipped to norm ``max_speed``. Steps go uphill: higher is better.
+    The gradient with respect to all parameters is scaled to norm ``lr`` (the step size), momentum is added, and the
+    velocity is clipped to norm ``max_speed``. Steps go uphill: higher is better.
     """
 
     def __init__(

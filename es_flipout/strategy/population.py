@@ -35,9 +35,11 @@ class ForwardSettings:
     """How the forward of a population is computed.
 
     Attributes:
-        row_block: number of rows per forward, fixed because a BLAS may round a row differently in a batch of another shape;
-            None for :func:`es_flipout.strategy.row_block.row_block_for` on the CPU, and for all rows at once elsewhere.
-        kernels: ``torch``, ``triton``, or ``auto`` for Triton on CUDA if supported; see :func:`es_flipout.kernels.chosen`.
+        row_block: number of rows per forward, fixed because a BLAS may round a row differently in a batch of another
+            shape; None for :func:`es_flipout.strategy.row_block.row_block_for` on the CPU, and for all rows at once
+            elsewhere.
+        kernels: ``torch``, ``triton``, or ``auto`` for Triton on CUDA if supported; see
+            :func:`es_flipout.kernels.chosen`.
         precision: precision of the matrix products in the Triton kernels.
     """
 
@@ -149,12 +151,13 @@ class Population:
         """Compute the forward of all members: ``member(n)(input[n])`` for every ``n``.
 
         Args:
-            inputs: the inputs of the module's forward; every tensor, including those in lists, tuples and dictionaries, has
-                an additional first dimension of size ``P``. Use ``tensor.expand(P, ...)`` for inputs that all members share.
+            inputs: the inputs of the module's forward; every tensor, including those in lists, tuples and dictionaries,
+                has an additional first dimension of size ``P``. Use ``tensor.expand(P, ...)`` for inputs that all
+                members share.
 
         Returns:
-            The output of the module's forward; every tensor has an additional first dimension of size ``P``: ``(P, ..., in)``
-            to ``(P, ..., out)`` for a module of linear layers.
+            The output of the module's forward; every tensor has an additional first dimension of size ``P``:
+            ``(P, ..., in)`` to ``(P, ..., out)`` for a module of linear layers.
 
         Raises:
             ValueError: the first dimension of an input is not ``P``.

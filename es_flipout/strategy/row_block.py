@@ -1,7 +1,7 @@
 """Row blocks: forwards are computed in blocks of a fixed number of rows.
 
-A BLAS may round a row differently in a batch of another shape; in blocks of one fixed shape, the bits of a row depend only on
-the row itself.
+A BLAS may round a row differently in a batch of another shape; in blocks of one fixed shape, the bits of a row depend
+only on the row itself.
 
 Letters: ``n`` rows.
 """
@@ -21,7 +21,7 @@ _BLOCK_NUMBERS = 65536  # activations per layer that fit in a core's cache, next
 
 
 def row_block_for(module: nn.Module, rows: int) -> int:
-    """Return the number of rows per forward: all, rounded up to a power of two, if the widest layer fits in the cache."""
+    """Return the rows per forward: all, rounded up to a power of two, as long as the widest layer fits in the cache."""
     widest = max((max(p.shape) for p in module.parameters() if p.ndim > 1), default=1)
     most = min(max(_BLOCK_NUMBERS // widest, _FEWEST_ROWS), _MOST_ROWS)
     return min(1 << (most.bit_length() - 1), 1 << max(rows - 1, 0).bit_length())
@@ -30,7 +30,7 @@ def row_block_for(module: nn.Module, rows: int) -> int:
 def in_blocks(
     forward: Callable[[int, tuple[Any, ...]], Any], inputs: tuple[Any, ...], rows: int, row_block: int
 ) -> Any:
-    """Apply ``forward(block, inputs)`` to blocks of exactly ``row_block`` rows; padding of the last one is removed again."""
+    """Apply ``forward(block, inputs)`` to blocks of exactly ``row_block`` rows; the padding of the last is removed."""
     if rows == row_block:
         return forward(0, inputs)
     outputs = []

@@ -47,7 +47,7 @@ class Selection:
             self._blocks[block].put(place[chosen], members[chosen])
 
     def replace_where(self, mask: Tensor, members: Tensor) -> None:
-        """Assign member ``members[i]`` to row ``i`` where ``mask`` is true; both ``(n,)``. Shapes do not depend on ``mask``."""
+        """Assign ``members[i]`` to row ``i`` where ``mask`` is true, both ``(n,)``; shapes are independent of it."""
         block = self._row_block
         for number, rows in enumerate(self._blocks):
             here = slice(number * block, (number + 1) * block)

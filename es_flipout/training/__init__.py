@@ -1,1 +1,1 @@
-"""Training: the loop, its run directory, metrics and scores."""
+"""Training: the loop, the run directory, metrics and scores."""

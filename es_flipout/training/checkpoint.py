@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors for tensors, JSON for the rest, written atomically, checked when read."""
+"""Checkpoints: safetensors for tensors, JSON for everything else, written atomically and verified on reading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from es_flipout.errors import UserError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     generation: int
     env_steps: int
@@ -27,7 +27,7 @@ class Progress:
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file that is either the old or the new one, whole, whatever happens in between."""
+    """Write a file so that it is either the complete old or the complete new one, even after a crash."""
     raw = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -42,7 +42,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors atomically, with a checksum of their own; returns the SHA-256 of the file."""
+    """Write tensors atomically, with a checksum of their contents, and return the SHA-256 of the file."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     data = safetensors.torch.save(plain, metadata={"sha256": _checksum(plain)})
     atomic_write(path, data)
@@ -53,14 +53,14 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Read tensors.
 
     Raises:
-        UserError: the file is missing or damaged (a checksum is wrong).
+        UserError: the file is missing, or is damaged (a checksum is wrong).
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is damaged: its checksum is wrong; remove it to go on from the checkpoint before it")
+        raise UserError(f"{path} is damaged: its checksum is wrong; remove it to continue from the previous checkpoint")
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -80,9 +80,9 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress, keep: int) -> None:
-    """Write the checkpoint of a generation and remove all but the newest ``keep``.
+    """Write the checkpoint of a generation, and remove all but the newest ``keep`` checkpoints.
 
-    The JSON file is written last: a checkpoint without it does not exist.
+    The JSON file is written last; a checkpoint without it is incomplete and ignored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"generation_{progress.generation:06d}.safetensors"
@@ -95,7 +95,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The JSON files of the complete checkpoints, oldest first."""
+    """Return the JSON files of the complete checkpoints, oldest first."""
     found = (path for path in folder.glob("generation_*.json") if path.with_suffix(".safetensors").exists())
     return sorted((path for path in found if _number(path).isdigit()), key=lambda path: int(_number(path)))
 
@@ -105,24 +105,24 @@ def _number(path: Path) -> str:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Progress]:
-    """The newest checkpoint.
+    """Load the newest checkpoint.
 
     Raises:
-        UserError: there is none, it is damaged, or another version of es_flipout made it.
+        UserError: there is no checkpoint, or it is damaged or was written by another version of es_flipout.
     """
     found = checkpoints(folder)
     if not found:
-        raise UserError(f"{folder} holds no complete checkpoint, so there is nothing to continue from")
+        raise UserError(f"{folder} contains no complete checkpoint, so there is nothing to continue from")
     path = found[-1]
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version, sha256 = meta.pop("version"), meta.pop("sha256")
         if version != es_flipout.__version__:
             raise UserError(
-                f"{path} was made by es_flipout {version}, and this is {es_flipout.__version__}: "
-                f"install es-flipout=={version} to continue it to the bit"
+                f"{path} was written by es_flipout {version}, but this is {es_flipout.__version__}: "
+                f"install es-flipout=={version} to continue it bit for bit"
             )
         progress = Progress(**meta)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to go on from the checkpoint before it") from None
+        raise UserError(f"{path} is damaged ({error}); remove it to continue from the previous checkpoint") from None
     return load_tensors(path.with_suffix(".safetensors"), sha256), progress

@@ -1,4 +1,4 @@
-"""The score that counts: the mean policy, deterministic, in the real single Gymnasium environment."""
+"""The final score: the deterministic mean policy in the single Gymnasium environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from es_flipout.runinfo import versions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Undiscounted returns over ``episodes`` episodes, whose seeds are ``first_seed``, ``first_seed + 1``, ..."""
+    """Undiscounted returns over ``episodes`` episodes with the seeds ``first_seed``, ``first_seed + 1``, ..."""
 
     env_id: str
     env_kwargs: dict[str, Any]
@@ -38,18 +38,18 @@ class Evaluation:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As written to ``evaluation.json``; what is not finite, which JSON does not know, becomes None."""
+        """Return the contents of ``evaluation.json``; non-finite values, which JSON does not support, become None."""
         values = asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def make_real_env(env_id: str, kwargs: dict[str, Any], observed: tuple[int, ...] | None = None) -> gymnasium.Env:
-    """One environment of Gymnasium itself, never one of ours; observations flattened to one dimension where they are not.
+    """Create a single environment of Gymnasium itself, never a native one, with one-dimensional observations.
 
     Args:
         env_id: a Gymnasium id.
-        kwargs: of ``gymnasium.make``.
-        observed: entries of the observation to show; by default all.
+        kwargs: keyword arguments of ``gymnasium.make``.
+        observed: entries of the observation to keep; by default all.
     """
     env = gymnasium.make(env_id.removeprefix(NAMESPACE), **kwargs)
     space = env.observation_space
@@ -59,7 +59,7 @@ def make_real_env(env_id: str, kwargs: dict[str, Any], observed: tuple[int, ...]
 
 
 def _in_space(action: Tensor, space: gymnasium.Space) -> int | np.ndarray:
-    """An action of our environments, where ``Discrete`` starts at 0 and ``Box`` is flat, as one of Gymnasium's."""
+    """Convert an action of this package, where ``Discrete`` starts at 0 and ``Box`` is flat, to one of Gymnasium."""
     if isinstance(space, gymnasium.spaces.Discrete):
         return int(action) + int(space.start)
     assert space.shape is not None
@@ -73,17 +73,17 @@ def evaluate(
     first_seed: int = 1_000_000,
     on_episode: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Play ``episodes`` episodes, one after the other.
+    """Play ``episodes`` episodes in sequence.
 
     Args:
         agent: the policy.
-        config: names the environment and its keyword arguments.
-        episodes: how many.
-        first_seed: of the start states; the default is far from what training draws early on.
+        config: configuration with the environment and its keyword arguments.
+        episodes: number of episodes.
+        first_seed: seed of the first start state.
         on_episode: called with the number of episodes played so far.
 
     Raises:
-        EnvironmentFailureError: the environment's own code raised.
+        EnvironmentFailureError: the environment's own code raised an exception.
     """
     task = config.task
     kwargs = task.parsed_env_kwargs()

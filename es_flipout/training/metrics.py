@@ -1,4 +1,4 @@
-"""Metrics of a run: ``metrics.csv``, TensorBoard events, and what the terminal shows."""
+"""Metrics of a run: ``metrics.csv``, TensorBoard events, and terminal output."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Metrics:
     """One generation; a row of ``metrics.csv``."""
 
     generation: int
-    """Generations done."""
+    """Number of completed generations."""
     env_steps: int
-    """Live environment steps of training so far (scoring not counted)."""
+    """Live environment steps of training so far (without scoring)."""
     env_steps_per_s: float
-    """Live environment steps of this generation by the seconds it took, update and bookkeeping included."""
+    """Live environment steps of this generation per second, including update and bookkeeping."""
     wall_s: float
     """Seconds of training and scoring so far."""
     mean_return: float
@@ -37,17 +37,17 @@ class Metrics:
     best_return: float
     """Return of the best member."""
     score: float | None
-    """Mean return of the mean policy, where it was scored after this generation."""
+    """Mean return of the mean policy, if it was scored after this generation."""
     mean_length: float
-    """Mean steps of an episode."""
+    """Mean number of steps per episode."""
     sigma: float
-    """Perturbation standard deviation."""
+    """Standard deviation of the perturbations."""
     learning_rate: float
     """Step size."""
     diverged: int
-    """Episodes that ended because the state was no longer finite."""
+    """Number of episodes that ended because the state was no longer finite."""
     nan_returns: int
-    """Members whose return is NaN (ranked worst)."""
+    """Number of members whose return is NaN (ranked worst)."""
 
 
 COLUMNS = tuple(field.name for field in fields(Metrics))
@@ -57,7 +57,7 @@ class MetricsLog:
     """Appends every generation to ``metrics.csv`` and to TensorBoard events in the run directory."""
 
     def __init__(self, run_dir: Path, generation: int) -> None:
-        """Open the logs; rows after ``generation`` (of a run that was cut off after its last checkpoint) are dropped."""
+        """Open the logs and drop rows after ``generation``, which a run wrote after its last checkpoint."""
         self._path = run_dir / "metrics.csv"
         rows = [",".join(COLUMNS)]
         if self._path.exists():
@@ -88,7 +88,7 @@ class MetricsLog:
             threading.excepthook = self._excepthook
 
     def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes in a thread. What it meets on a full disk this thread meets too, and reports it.
+        # TensorBoard writes in a thread. If the disk is full, this thread gets the same error, and reports it.
         if not issubclass(failed.exc_type, OSError):
             self._excepthook(failed)
 
@@ -99,44 +99,44 @@ def _before(line: str, generation: int) -> bool:
 
 
 class Reporter(Protocol):
-    """Shows a run to a person."""
+    """Shows the progress of a run to the user."""
 
     def __enter__(self) -> Self:
-        """Begin to show."""
+        """Start the display."""
         ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Stop showing."""
+        """Stop the display."""
         ...
 
     def show(self, metrics: Metrics, progress: float) -> None:
-        """A generation is done; ``progress`` of the run in [0, 1]."""
+        """Show a completed generation; ``progress`` of the run is in [0, 1]."""
         ...
 
     def say(self, message: str) -> None:
-        """One line that must be seen."""
+        """Show a one-line message."""
         ...
 
 
 class Silent:
-    """Shows nothing."""
+    """A reporter without output."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Do nothing."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End."""
+        """Do nothing."""
 
     def show(self, metrics: Metrics, progress: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def say(self, message: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class TerminalReporter:
-    """A live progress bar on a terminal; elsewhere (a file, a pipe) one line every ten seconds."""
+    """A live progress bar on a terminal; elsewhere (files, pipes) one line every ten seconds."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
@@ -153,16 +153,16 @@ class TerminalReporter:
         self._task = self._bar.add_task(title, total=1.0, status="starting")
 
     def __enter__(self) -> Self:
-        """Begin to show."""
+        """Start the progress bar."""
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Leave the last state of the bar on the screen."""
+        """Stop the bar and leave its last state on the screen."""
         self._bar.stop()
 
     def show(self, metrics: Metrics, progress: float) -> None:
-        """Refresh the bar, or write a line where there is no terminal and the last one is ten seconds old."""
+        """Update the bar; without a terminal, print a line if the last one is older than ten seconds."""
         if metrics.score is not None:
             self._score = metrics.score
         score = "-" if self._score is None else f"{self._score:,.1f}"
@@ -177,12 +177,12 @@ class TerminalReporter:
             self._console.print(f"{progress:4.0%}  {status}", highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
-        """One line above the bar."""
+        """Print a line above the bar."""
         self._console.print(message, highlight=False, soft_wrap=True)
 
 
 def _short(count: float) -> str:
-    """A number in three or four characters: 950, 85.2k, 1.25M."""
+    """Format a number with three digits: 950, 85.2k, 1.25M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * size:
             return f"{count / size:.3g}{unit}"

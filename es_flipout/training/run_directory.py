@@ -1,6 +1,6 @@
 """The run directory: ``config.json``, ``environment.json``, ``policy.safetensors`` and ``evaluation.json``.
 
-Checkpoints and metrics have modules of their own, :mod:`es_flipout.training.checkpoint` and :mod:`es_flipout.training.metrics`.
+For checkpoints and metrics, see :mod:`es_flipout.training.checkpoint` and :mod:`es_flipout.training.metrics`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CONFIG, _ENVIRONMENT, _POLICY, _EVALUATION = "config.json", "environment.json",
 
 
 def create(run_dir: Path, config: TrainConfig) -> None:
-    """Make a run directory with ``config.json`` and ``environment.json``.
+    """Create a run directory with ``config.json`` and ``environment.json``.
 
     Raises:
         UserError: the directory exists and is not empty.
@@ -37,10 +37,11 @@ def create(run_dir: Path, config: TrainConfig) -> None:
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration of a run directory.
+    """Read the configuration of a run directory.
 
     Raises:
-        UserError: the directory is missing, holds no run, or was made by a version with another configuration.
+        UserError: the directory is missing, contains no run, or was written by a version with another configuration
+            format.
     """
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
@@ -53,14 +54,14 @@ def read_config(run_dir: Path) -> TrainConfig:
         version = _version_of(run_dir)
         if version not in (None, es_flipout.__version__):
             raise UserError(
-                f"{run_dir} was made by es_flipout {version}, whose configuration differs from that of this version "
+                f"{run_dir} was written by es_flipout {version}, whose configuration differs from that of this version "
                 f"({es_flipout.__version__}): install es-flipout=={version} to use it"
             ) from None
         raise UserError(f"{path}: {error}") from None
 
 
 def _version_of(run_dir: Path) -> str | None:
-    """The version of es_flipout that made a run directory, where that can be told."""
+    """Return the version of es_flipout that wrote a run directory; None if unknown."""
     try:
         version = json.loads((run_dir / _ENVIRONMENT).read_text(encoding="utf-8"))["versions"]["es-flipout"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -74,7 +75,7 @@ def save_policy(run_dir: Path, agent: Agent) -> None:
 
 
 def load_agent(run_dir: Path) -> tuple[Agent, TrainConfig]:
-    """The trained agent of a run directory, and the configuration of the run.
+    """Load the trained agent of a run directory, and the configuration of the run.
 
     Raises:
         UserError: the directory is missing or incomplete.

@@ -1,4 +1,4 @@
-"""From a configuration, or a run directory, to a :class:`es_flipout.training.trainer.Trainer`."""
+"""Construction of a :class:`es_flipout.training.trainer.Trainer` from a configuration or a run directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from es_flipout.cluster.sharded import build_sharded
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
-from es_flipout.rollout.builder import Parts, Say, build
+from es_flipout.rollout.builder import Parts, Say, backend_of, build
 from es_flipout.rollout.placement import place
 from es_flipout.training.checkpoint import load_checkpoint
 from es_flipout.training.metrics import Reporter, Silent
@@ -22,10 +22,10 @@ Build = Callable[[TrainConfig, Say], Parts]
 
 
 def build_engine(config: TrainConfig, say: Say) -> Parts:
-    """The parts of a run with this engine, on this machine or on a Ray cluster.
+    """Build the parts of a run with this engine, on this machine or on a Ray cluster.
 
     Raises:
-        ValueError: classic workers are configured, which only :mod:`es_flipout.bench.classic` builds.
+        ValueError: classic workers are configured, which :mod:`es_flipout.bench.classic` builds.
     """
     if config.compute.worker_kind != "engine":
         raise ValueError("pass build=es_flipout.bench.classic.player.build_classic for classic workers")
@@ -35,13 +35,13 @@ def build_engine(config: TrainConfig, say: Say) -> Parts:
 def make_trainer(
     config: TrainConfig, run_dir: Path | None = None, reporter: Reporter | None = None, build: Build = build_engine
 ) -> Trainer:
-    """A trainer at the start of a run; nothing is written yet.
+    """Create a trainer at the start of a run; nothing is written yet.
 
     Args:
-        config: of the run.
-        run_dir: where everything will be written; None writes nothing.
-        reporter: told what happens.
-        build: makes the parts of the run once device and physics are decided.
+        config: configuration of the run.
+        run_dir: directory for all output; None to write nothing.
+        reporter: shows progress and messages.
+        build: builds the parts of the run once device and physics are decided.
 
     Raises:
         UserError: the environment, a space or a device is not supported.
@@ -49,7 +49,12 @@ def make_trainer(
     reporter = reporter if reporter is not None else Silent()
     if config.schedule.generations is None and config.schedule.env_steps is None:
         raise UserError("the length of the run is missing: set --generations or --env-steps")
-    # Small layers stall with more than one intra-op thread, and the cores belong to the physics.
+    if config.task.horizon is not None and backend_of(config) == "gymnasium":
+        raise UserError(
+            f"horizon needs an environment whose state can be restored (es-flipout envs lists them), and {config.task.env_id} "
+            "runs through Gymnasium's vector API"
+        )
+    # Small layers stall with more than one intra-op thread, and the other cores are needed for physics.
     torch.set_num_threads(1)
     config = place(config, reporter.say)
     parts = build(config, reporter.say)
@@ -64,20 +69,20 @@ def resume_trainer(
     changes: Mapping[str, Any] | None = None,
     build: Build = build_engine,
 ) -> Trainer:
-    """The run in ``run_dir``, as it was at its newest checkpoint.
+    """Restore the run in ``run_dir`` from its newest checkpoint.
 
     Args:
-        run_dir: its directory.
-        reporter: told what happens.
-        changes: options, by flat name, that say where to compute, and not what; they change no result.
+        run_dir: directory of the run.
+        reporter: shows progress and messages.
+        changes: options, by flat name, that select where to compute; they must not affect results.
         build: see :func:`make_trainer`.
 
     Raises:
-        UserError: the directory is missing or incomplete, or was made by another version.
+        UserError: the directory is missing or incomplete, or was written by another version.
     """
     config = read_config(run_dir).replace(**(changes or {}))
     tensors, progress = load_checkpoint(run_dir / "checkpoints")
     trainer = make_trainer(config, run_dir, reporter, build)
     trainer.load(tensors, progress)
-    save_policy(run_dir, trainer.trained_agent())  # the run may have died between its checkpoint and its policy
+    save_policy(run_dir, trainer.trained_agent())  # the run may have died between writing checkpoint and policy
     return trainer

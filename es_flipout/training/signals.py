@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop after what it is doing."""
+"""Handling of Ctrl-C and SIGTERM, which stop a run in an orderly way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call ``stop`` on the first Ctrl-C or SIGTERM; a second one has its usual effect. Does nothing outside the main thread."""
+    """Call ``stop`` on the first Ctrl-C or SIGTERM (main thread only); a second one has its usual effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

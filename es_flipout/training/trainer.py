@@ -1,4 +1,4 @@
-"""The training loop: ask, play, tell, and what has to be written down in between."""
+"""The training loop: ask, play and tell, with checkpoints, metrics and scores."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes, Rollout, RolloutI
 from es_flipout.strategy.unperturbed import Unperturbed
 from es_flipout.training import run_directory
 from es_flipout.training.checkpoint import Progress, save_checkpoint
+from es_flipout.training.frontier import Frontier
 from es_flipout.training.metrics import Metrics, MetricsLog, Reporter, Silent
 from es_flipout.training.signals import stop_on_signals
 
-_SCORE_GENERATION = 2**32 - 1  # an address that training never reaches
+_SCORE_GENERATION = 2**32 - 1  # a generation that training never reaches
 
 
 class StageSeconds(NamedTuple):
@@ -36,26 +37,28 @@ class StageSeconds(NamedTuple):
 
 
 class Trainer:
-    """One training run; :func:`es_flipout.training.setup.make_trainer` makes one from a configuration alone.
+    """One training run; :func:`es_flipout.training.setup.make_trainer` creates one from a configuration alone.
 
     Attributes:
-        config: what is trained and how.
+        config: configuration of the run.
         agent, strategy, player: the parts of the run.
-        run_dir: where everything is written; None writes nothing.
-        progress: how far the run has come.
-        interrupted: whether the run was asked to stop before its end.
-        seconds: of the last generation.
+        run_dir: directory for all output; None to write nothing.
+        progress: progress of the run.
+        frontier: where the episodes continue, if the configuration has a horizon.
+        interrupted: whether the run was requested to stop before its end.
+        seconds: times of the last generation.
     """
 
     def __init__(
         self, config: TrainConfig, parts: Parts, run_dir: Path | None = None, reporter: Reporter | None = None
     ) -> None:
-        """Take over the parts; nothing is written yet."""
+        """Store the parts of the run; nothing is written yet."""
         self.config = config
         self.agent, self.strategy, self.player = parts
         self.run_dir = run_dir
         self.reporter = reporter if reporter is not None else Silent()
         self.progress = Progress(generation=0, env_steps=0, wall_s=0.0, score=None)
+        self.frontier = Frontier()
         self.interrupted = False
         self.seconds = StageSeconds(0.0, 0.0, 0.0)
         score_members = torch.arange(config.logging.score_episodes)
@@ -69,7 +72,7 @@ class Trainer:
         return self._fraction() >= 1.0
 
     def train(self) -> None:
-        """Train to the end of the run or until interrupted; then everything is on disk."""
+        """Train to the end of the run or until interrupted, and save everything."""
         log = None if self.run_dir is None else MetricsLog(self.run_dir, self.progress.generation)
         with stop_on_signals(self.interrupt), self.reporter:
             try:
@@ -95,41 +98,45 @@ class Trainer:
                 self.save()
 
     def generation(self) -> Rollout:
-        """One generation: ask, play, tell."""
+        """Run one generation: ask, play, tell."""
         began = time.perf_counter()
         strategy, fraction = self.strategy, self._fraction()
         strategy.sigma = self.config.strategy.sigma_at(fraction)
         strategy.learning_rate = self.config.strategy.learning_rate_at(fraction)
         population = strategy.ask()
         task = self.config.task
+        segments = None if task.horizon is None else self.frontier.segments(population, task.episodes)
         episodes = Episodes(
             start_seeds(population, task.episodes, common=task.start_states == "generation"),
-            step_cap=task.episode_cap_at(fraction, self.player.max_episode_steps),
+            step_cap=task.horizon or task.episode_cap_at(fraction, self.player.max_episode_steps),
             remove_alive_bonus=task.remove_alive_bonus,
             moment_jobs=MOMENT_JOBS if isinstance(self.agent.norm, ObservationNorm) else 0,
+            segments=segments,
         )
         asked = time.perf_counter()
         rollout = self.player.play(population, episodes, lambda: self.interrupted)
         played = time.perf_counter()
         strategy.tell(rollout.fitness)
+        if segments is not None and rollout.ends is not None:
+            self.frontier.update(population, segments, rollout.ends, rollout.lengths)
         if isinstance(self.agent.norm, ObservationNorm):
             self.agent.norm.update(rollout.moments)
         self.seconds = StageSeconds(asked - began, played - asked, time.perf_counter() - played)
         return rollout
 
     def score(self) -> float:
-        """Mean return of the mean policy over the scoring episodes, whose start states are the same every time."""
+        """Return the mean return of the mean policy over the scoring episodes, whose start states never change."""
         mean = self.strategy.mean_module()
         population = Unperturbed(mean, len(self._score_episodes.seeds), self.strategy.forward.row_block)
         return float(self.player.play(population, self._score_episodes).returns.mean())
 
     def trained_agent(self) -> Agent:
-        """The mean policy as an agent on the CPU."""
+        """Return the mean policy as an agent on the CPU."""
         self.agent.module.load_state_dict(self.strategy.mean_module().state_dict())
         return self.agent
 
     def interrupt(self) -> None:
-        """Ask the run to stop as soon as it can; what a generation under way has played is dropped."""
+        """Request the run to stop as soon as possible; the current generation is discarded."""
         self.interrupted = True
 
     def close(self) -> None:
@@ -137,7 +144,7 @@ class Trainer:
         self.player.close()
 
     def create(self) -> None:
-        """Make the run directory, with a first checkpoint.
+        """Create the run directory, with an initial checkpoint.
 
         Raises:
             UserError: the directory exists and is not empty.
@@ -154,46 +161,45 @@ class Trainer:
             run_directory.save_policy(self.run_dir, self.trained_agent())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the run's state, flat, by name."""
+        """Return all tensors of the run's state in a flat dictionary."""
         state = self.strategy.state_dict()
         tensors = {f"module.{name}": value for name, value in state["module"].items()}
         for index, slot in state["optimizer"]["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slot.items() if value is not None}
         if isinstance(self.agent.norm, ObservationNorm):
             tensors |= {f"observation_norm.{name}": value for name, value in self.agent.norm.state_dict().items()}
-        return tensors
+        return tensors | {f"frontier.{name}": value for name, value in self.frontier.state_dict().items()}
 
     def load(self, tensors: dict[str, Tensor], progress: Progress) -> None:
-        """Continue from the tensors and the progress of a checkpoint.
+        """Restore the tensors and the progress of a checkpoint.
 
         Raises:
             UserError: the tensors do not fit the configuration.
         """
         state = self.strategy.state_dict()
-        optimizer: dict[int, dict[str, Tensor]] = {}
-        module: dict[str, Tensor] = {}
-        norm: dict[str, Tensor] = {}
+        parts: dict[str, dict[str, Tensor]] = {"module": {}, "optimizer": {}, "observation_norm": {}, "frontier": {}}
         for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                index, _, key = rest.partition(".")
-                optimizer.setdefault(int(index), {})[key] = value
-            else:
-                (module if kind == "module" else norm)[rest] = value
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            slots.setdefault(int(index), {})[key] = value
         state["generation"] = progress.generation
-        state["module"] = module
-        state["optimizer"] = {**state["optimizer"], "state": optimizer}
+        state["module"] = parts["module"]
+        state["optimizer"] = {**state["optimizer"], "state": slots}
         try:
             self.strategy.load_state_dict(state)
             if isinstance(self.agent.norm, ObservationNorm):
-                self.agent.norm.load_state_dict(norm)
+                self.agent.norm.load_state_dict(parts["observation_norm"])
+            self.frontier.load_state_dict(parts["frontier"])
         except (RuntimeError, KeyError, ValueError) as error:
             message = " ".join(str(error).split())
             raise UserError(f"the checkpoint in {self.run_dir} does not fit its configuration: {message}") from None
         self.progress = progress
 
     def _account(self, rollout: Rollout, seconds: float, started: float) -> Metrics:
-        """Count a generation, and score the mean policy when it is time."""
+        """Update the progress after a generation, score the mean policy if it is due, and return the metrics."""
         before = self.progress
         generation, env_steps = before.generation + 1, before.env_steps + rollout.env_steps
         self.progress = Progress(generation, env_steps, before.wall_s + seconds, before.score)

@@ -1,4 +1,4 @@
-"""The command line: a run from start to end in a real process, and every mistake answered in one line."""
+"""The command line: a run from start to end in a real process, and one-line messages for all user errors."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SMALL = [
     *("--score-episodes", "2", "--evaluation-episodes", "3"),
 ]
 
-# Environments that a user could have written; `train oddities:NAME` imports the module, as gymnasium.make does.
+# Environments as written by a user; `train oddities:NAME` imports the module, as gymnasium.make does.
 ODDITIES = """
 import gymnasium, numpy as np
 from gymnasium.spaces import Box, Discrete, MultiDiscrete, Sequence, Tuple
@@ -74,7 +74,7 @@ for name, kwargs in {
 
 
 def run(*args: str | Path, cwd: Path, file_size: int | None = None) -> subprocess.CompletedProcess[str]:
-    """The command line in a real process; with ``file_size``, no file can grow beyond it."""
+    """Run the command line in a real process; with ``file_size``, files cannot grow beyond it."""
 
     def limit() -> None:
         if file_size is not None:
@@ -93,31 +93,31 @@ def run(*args: str | Path, cwd: Path, file_size: int | None = None) -> subproces
 
 
 def the_line(code: int, out: str, err: str) -> str:
-    """The one line on stderr of a command that was refused."""
+    """Return the one line on stderr of a command that failed with a user error."""
     assert "Traceback" not in err, err
     assert code == 2, (code, out, err)
     assert out == ""
     assert err.endswith("\n")
-    # On a busy machine a run may have reported progress before.
+    # On a busy machine, the run may have reported progress before.
     err = re.sub(r"^ *\d+%.*\n", "", err, flags=re.MULTILINE)
     assert err.count("\n") == 1, err
     assert err.startswith("error: ")
-    assert not re.search("[│╭╰─]|---", err), "the frame of a box is left in the line"
+    assert not re.search("[│╭╰─]|---", err), "the line contains the frame of a box"
     return err.strip()
 
 
 def strictly(text: str) -> dict[str, Any]:
-    """JSON as other programs read it: without NaN and Infinity."""
+    """Parse strict JSON, without NaN and Infinity."""
 
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not valid JSON")
 
     return json.loads(text, parse_constant=refuse)
 
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call the command line in this process (a traceback fails the test) and return its one line."""
+    """Return a function that runs the command line in this process and returns its one-line message."""
 
     def call(*args: str | Path) -> str:
         code = cli.main([str(arg) for arg in args])
@@ -129,7 +129,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.fixture
 def oddities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the module ``oddities`` in it, importable here and by :func:`run` with it as ``cwd``."""
+    """Create a folder with the module ``oddities``, importable here and by :func:`run` with ``cwd`` set to it."""
     (tmp_path / "oddities.py").write_text(ODDITIES, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     before = set(gymnasium.registry)
@@ -141,14 +141,14 @@ def oddities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run from start to end in a real process."""
+    """Run from start to end in a real process."""
     folder = tmp_path_factory.mktemp("trained")
     return folder / "run", run("train", "CartPole-v1", *SMALL, "--seed", "5", "--run-dir", "run", cwd=folder)
 
 
 @pytest.fixture
 def run_dir(trained: tuple[Path, Any], tmp_path: Path) -> Path:
-    """A copy of the trained run that a test may damage."""
+    """Return a copy of the trained run that a test may damage."""
     return Path(shutil.copytree(trained[0], tmp_path / "copy"))
 
 
@@ -258,7 +258,7 @@ def test_options_may_come_before_the_environment(tmp_path: Path, capsys: pytest.
 
 def test_a_policy_with_memory_goes_on_to_the_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["CartPole-v1", *SMALL, "--policy", "recurrent", "--cell", "lstm", "--observed", "2", "0"]
-    options += ["--learning-rate", "0.1", "--learning-rate-final", "0.1"]  # the same however long the run
+    options += ["--learning-rate", "0.1", "--learning-rate-final", "0.1"]  # independent of the length of the run
     assert cli.main(["train", *options, "--run-dir", str(tmp_path / "whole"), "--generations", "4"]) == 0
     assert cli.main(["train", *options, "--run-dir", str(tmp_path / "parts"), "--generations", "2"]) == 0
     config = tmp_path / "parts" / "config.json"
@@ -353,7 +353,7 @@ def test_help_of_an_environment_shows_its_preset(capsys: pytest.CaptureFixture[s
     assert len(set(shown.values())) == 2
 
 
-# Mistakes, in real processes.
+# User errors, in real processes.
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run" / "checkpoints")[1].generation >= 0
 
 
-# Mistakes, in this process.
+# User errors, in this process.
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_cuda_without_a_gpu(refused: Any, tmp_path: Path) -> None:
         ("MultiDiscrete", r"oddities:MultiDiscrete-v0: actions must be Discrete or .*Box, not MultiDiscrete"),
         ("TupleAction", r"oddities:TupleAction-v0: actions must be Discrete or .*Box, not Tuple"),
         ("SequenceObservation", r"oddities:SequenceObservation-v0: observations of .*Sequence"),
-        ("Unmakeable", r"oddities:Unmakeable-v0 cannot be made: no license"),
+        ("Unmakeable", r"oddities:Unmakeable-v0 cannot be created: no license"),
     ],
 )
 def test_an_environment_that_cannot_be_used(refused: Any, oddities: Path, name: str, line: str) -> None:
@@ -556,7 +556,7 @@ def test_no_space_left_for_a_checkpoint(
     assert "No space left on device" in refused("train", "CartPole-v1", *SMALL, "--run-dir", run_dir)
     monkeypatch.undo()
     assert load_checkpoint(run_dir / "checkpoints")[1].generation == 0
-    assert cli.main(["resume", str(run_dir)]) == 0, "with space again the run goes on"
+    assert cli.main(["resume", str(run_dir)]) == 0, "with free space, the run continues"
 
 
 # Damage to a run directory.
@@ -621,8 +621,8 @@ def test_a_damaged_configuration(refused: Any, run_dir: Path, command: str, kind
         ("changed byte", r"generation_000003\.safetensors is damaged: its checksum is wrong"),
         ("truncated", r"generation_000003\.safetensors is damaged: its checksum is wrong"),
         ("truncated json", r"generation_000003\.json is damaged"),
-        ("other version", r"generation_000003\.json was made by es_flipout 0\.0\.1"),
-        ("no checkpoints", r"checkpoints holds no complete checkpoint"),
+        ("other version", r"generation_000003\.json was written by es_flipout 0\.0\.1"),
+        ("no checkpoints", r"checkpoints contains no complete checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint(refused: Any, run_dir: Path, kind: str, line: str) -> None:

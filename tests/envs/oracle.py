@@ -1,4 +1,4 @@
-"""Steps a batch of environments beside Gymnasium's own single environments, the oracle."""
+"""Steps a batch of environments and Gymnasium's own single environments, the oracle, in lockstep."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 class Oracle:
-    """Gymnasium's environment once per slot, with the interface of a batch in NumPy."""
+    """One Gymnasium environment per slot, with the interface of a batch in NumPy."""
 
     def __init__(self, env_id: str, num_envs: int, **kwargs: Any) -> None:
         self.envs = [gymnasium.make(env_id, **kwargs) for _ in range(num_envs)]
@@ -36,7 +36,7 @@ class Oracle:
 
 
 def random_action(env: BatchEnv, rng: np.random.Generator, dtype: type = np.float32) -> NDArray[Any]:
-    """Actions of all slots; continuous ones go a fifth beyond the bounds."""
+    """Draw actions of all slots; continuous ones exceed the bounds by up to a fifth."""
     space = env.action_space
     if isinstance(space, gymnasium.spaces.Discrete):
         return rng.integers(0, space.n, env.num_envs)
@@ -51,7 +51,7 @@ def check_against_gymnasium(
     action: Callable[[np.random.Generator], NDArray[Any]],
     reward_tolerance: float = 0.0,
 ) -> int:
-    """Assert equality step by step, starting a new episode wherever one ends; the number of episodes that ended."""
+    """Assert equality step by step, with new episodes when old ones end; return the number of finished episodes."""
     oracle = Oracle(env.env_id, env.num_envs, **env.kwargs)
     assert env.observation_space == oracle.envs[0].observation_space
     assert env.action_space == oracle.envs[0].action_space

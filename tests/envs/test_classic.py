@@ -1,4 +1,4 @@
-"""The classic control environments in torch, against Gymnasium's."""
+"""The classic control environments in torch, compared with Gymnasium's."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_variants_equal_gymnasium(env_id: str, kwargs: dict) -> None:
 
 @pytest.mark.parametrize("env_id", ["MountainCar-v0", "MountainCarContinuous-v0"])
 def test_reaching_the_goal_equals_gymnasium(env_id: str) -> None:
-    """Pushing with the velocity reaches the goal, which random actions do not."""
+    """Pushing in the direction of motion reaches the goal, which random actions do not."""
     env = make_env(env_id, 4)
     oracle = Oracle(env_id, 4)
     seeds = np.arange(4)

@@ -1,4 +1,4 @@
-"""Any other Gymnasium environment through the adapter."""
+"""Other Gymnasium environments through the adapter."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from tests.envs.oracle import Oracle, random_action
 
 
 class Counter(gymnasium.Env):
-    """Counts its steps from the seed; the action names the misbehavior of the step."""
+    """Counts its steps from the seed; the action selects a failure."""
 
     calls = 0
 
@@ -158,10 +158,10 @@ def test_an_exception_in_the_environment_is_named() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"action_space": MultiBinary(3)}, "actions must be Discrete or a floating point Box"),
-        ({"action_space": Box(0, 5, (2,), np.int64)}, "actions must be Discrete or a floating point Box"),
+        ({"action_space": MultiBinary(3)}, "actions must be Discrete or a floating-point Box"),
+        ({"action_space": Box(0, 5, (2,), np.int64)}, "actions must be Discrete or a floating-point Box"),
         ({"observation_space": Sequence(Discrete(2))}, "EsFlipoutCounter-v0"),
-        ({"color": "red"}, "EsFlipoutCounter-v0 cannot be made"),
+        ({"color": "red"}, "EsFlipoutCounter-v0 cannot be created"),
     ],
 )
 def test_what_is_not_supported(kwargs: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Choosing an environment by its id."""
+"""Creating environments by id."""
 
 import subprocess
 import sys
@@ -55,18 +55,18 @@ def test_simulators_on_the_cpu_refuse_other_devices() -> None:
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "CartPole-v1"])
 def test_cuda_without_a_card(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UnsupportedEnvironmentError, match="device 'cuda' was asked for, but torch sees no CUDA GPU"):
+    with pytest.raises(UnsupportedEnvironmentError, match="device 'cuda' was requested, but torch finds no CUDA GPU"):
         make_env(env_id, 1, device="cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UnsupportedEnvironmentError, match=r"device 'cuda:3' .* torch sees 1 CUDA GPU"):
+    with pytest.raises(UnsupportedEnvironmentError, match=r"device 'cuda:3' .* torch finds only 1 CUDA GPU"):
         make_env(env_id, 1, device="cuda:3")
 
 
 def test_mujoco_on_cuda_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setitem(sys.modules, "es_flipout.envs.mujoco_gpu", None)  # as if an import in it failed
+    monkeypatch.setitem(sys.modules, "es_flipout.envs.mujoco_gpu", None)  # simulates a failing import in it
     with pytest.raises(
-        UnsupportedEnvironmentError, match=r"Hopper-v5 on 'cuda' needs .* 'es-flipout\[gpu\]'"
+        UnsupportedEnvironmentError, match=r"Hopper-v5 on 'cuda' requires .* 'es-flipout\[gpu\]'"
     ) as caught:
         make_env("Hopper-v5", 1, device="cuda")
     assert "\n" not in str(caught.value)
@@ -91,7 +91,7 @@ def test_import_leaves_mujoco_alone() -> None:
 
 
 def test_ids_of_a_plugin_are_registered_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As MinAtar's are: through the entry point of their namespace."""
+    """Like those of MinAtar, through the entry point of their namespace."""
 
     class Plugin:
         def load(self) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The MuJoCo environments on the CPU, against Gymnasium's, to the bit."""
+"""The MuJoCo environments on the CPU are bitwise identical to Gymnasium's."""
 
 import threading
 
@@ -64,7 +64,7 @@ def test_registered_time_limit() -> None:
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5", "Humanoid-v5"])
 def test_frozen_slots_are_untouched_and_nothing_leaks(env_id: str) -> None:
-    """Slots frozen in turn, with poisoned actions, run the same trajectory as slots that were never frozen."""
+    """Slots that are sometimes frozen, with invalid actions, have the same trajectories as slots that never are."""
     rng = np.random.default_rng(0)
     env, alone = make_env(env_id, 4), make_env(env_id, 4)
     seeds = torch.arange(4)

@@ -1,4 +1,4 @@
-"""The MuJoCo environments in mujoco-warp, on warp's CPU device, against the CPU's (which equal Gymnasium's)."""
+"""The MuJoCo environments in mujoco-warp, on warp's CPU device, compared with the CPU backend (equal to Gymnasium)."""
 
 import functools
 import inspect
@@ -25,7 +25,7 @@ from tests.envs.oracle import random_action
 wp = pytest.importorskip("warp")
 pytest.importorskip("mujoco_warp")
 if not torch.cuda.is_available():
-    wp.config.optimization_level = 0  # less than half the time for compilation, which is most of the time here
+    wp.config.optimization_level = 0  # less than half the compilation time, which dominates here
 
 from es_flipout.envs import plane_capsule, warp_physics  # noqa: E402
 from es_flipout.envs.mujoco_gpu import MujocoWarpBatchEnv, make_warp_env  # noqa: E402
@@ -44,14 +44,14 @@ def cpu_env(env_id: str, num_envs: int, **kwargs: Any) -> MujocoBatchEnv:
 
 
 def fields(env: MujocoBatchEnv | MujocoWarpBatchEnv) -> dict[str, NDArray[np.float64]]:
-    """The simulations' fields as float64 in NumPy, a copy."""
+    """Return copies of the simulations' fields as float64 NumPy arrays."""
     arrays = {n: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for n, v in env._fields.items()}
     return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
 @functools.cache
 def trajectory(env_id: str) -> tuple[NDArray[np.float64], torch.Tensor]:
-    """64 states that one slot goes through, ``(64, K)``, rounded to float32, and its actions ``(64, A)``."""
+    """Return 64 consecutive states of one slot, ``(64, K)``, rounded to float32, and its actions ``(64, A)``."""
     env, rng = cpu_env(env_id, 1), np.random.default_rng(0)
     env.reset(torch.tensor([3]))
     states, actions = [], []
@@ -65,12 +65,12 @@ def trajectory(env_id: str) -> tuple[NDArray[np.float64], torch.Tensor]:
 
 
 def error(got: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The largest error of each slot, relative where values are large."""
+    """Return the largest error of each slot, relative for large values."""
     return (np.abs(got - expected) / (1 + np.abs(expected))).reshape(len(got), -1).max(1)
 
 
 def stepped(env_id: str, device: str, every: int, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """Both backends after one step from each ``every``-th state of the trajectory, with what the step returned."""
+    """Step both backends once from each ``every``-th state of the trajectory; return them and the outcomes."""
     states, actions = trajectory(env_id)
     states, actions = states[::every], actions[::every]
     rows = np.arange(len(states))
@@ -86,7 +86,7 @@ def stepped(env_id: str, device: str, every: int, **kwargs: Any) -> tuple[Any, A
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("env_id", ALL)
 def test_one_physics_step_is_that_of_mujoco(env_id: str, device: str) -> None:
-    """With the fault that plane_capsule corrects, the error of Ant's velocities is 0.2."""
+    """With the bug that plane_capsule corrects, the error of Ant's velocities is 0.2."""
     cpu, gpu, expected, got = stepped(env_id, device, 1, frame_skip=1)
     at_cpu, at_gpu = fields(cpu), fields(gpu)
     assert error(at_gpu["qpos"], at_cpu["qpos"]).max() < 1e-5
@@ -101,7 +101,7 @@ def test_one_physics_step_is_that_of_mujoco(env_id: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("env_id", ALL)
 def test_ten_physics_steps_are_those_of_mujoco(env_id: str, device: str) -> None:
-    """Up to float32's rounding, which a contact can make a thousand times larger."""
+    """Up to float32 rounding, which a contact can amplify a thousand times."""
     cpu, gpu, expected, got = stepped(env_id, device, 3, frame_skip=10)
     errors = error(fields(gpu)["qvel"], fields(cpu)["qvel"])
     assert np.quantile(errors, 0.9) < 1e-4
@@ -144,13 +144,13 @@ def test_describes_itself_as_the_cpu_does() -> None:
         env.step(torch.zeros(6))
     with pytest.raises(UnsupportedEnvironmentError, match="unsupported keyword 'gravity'"):
         make_warp_env("HalfCheetah-v5", 2, "cpu", gravity=3)
-    with pytest.raises(UnsupportedEnvironmentError, match="CartPole-v1 is none of"):
+    with pytest.raises(UnsupportedEnvironmentError, match="CartPole-v1 is not one of"):
         make_warp_env("CartPole-v1", 2, "cpu")
 
 
 @pytest.mark.parametrize("env_id", QUICK)
 def test_frozen_slots_are_parked(env_id: str) -> None:
-    """They give nothing, stay finite, and do not drift; the others run as if alone."""
+    """They return no rewards, stay finite and do not drift; the others are not affected."""
     env, alone = (make_warp_env(env_id, 3, "cpu", frame_skip=1) for _ in range(2))
     for each in (env, alone):
         each.reset(torch.arange(3))
@@ -251,8 +251,8 @@ def test_overflow_is_counted(sizes: Sizes) -> None:
 
 
 def test_the_rollout_without_the_host_is_that_with_it() -> None:
-    """More episodes than slots, so that slots are restarted beside others that go on."""
-    kwargs = {"frame_skip": 1, "healthy_z_range": (0.7, 1.0)}  # some end soon
+    """More episodes than slots, so that slots are restarted while others continue."""
+    kwargs = {"frame_skip": 1, "healthy_z_range": (0.7, 1.0)}  # some episodes are short
     env, other = (make_warp_env("Ant-v5", 4, "cpu", **kwargs) for _ in range(2))
     module = MLP(env.observation_space.shape[0], 8, (8,))
     population = EvolutionStrategy(module, population_size=10, sigma=0.3).ask()
@@ -276,7 +276,7 @@ def test_returned_tensors_are_not_overwritten() -> None:
 
 
 def test_the_correction_is_of_the_function_it_was_made_for() -> None:
-    """Where mujoco-warp's own function is another, look at it: the correction steps aside, and may be removed."""
+    """If mujoco-warp's own function has changed, review it: the correction is then disabled and may be obsolete."""
     assert plane_capsule.needs_correction()
     assert plane_capsule.collision_primitive.plane_capsule is plane_capsule._aligned_plane_capsule
     wrapper = inspect.getsource(plane_capsule.collision_primitive.plane_capsule_wrapper.func)  # pyright: ignore[reportFunctionMemberAccess]
@@ -291,7 +291,7 @@ def test_the_correction_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_foreign_model(tmp_path: Any) -> None:
-    """A file of one's own runs, with more room; what mujoco-warp cannot do is said in one line."""
+    """A user's model file runs, with larger sizes; unsupported models give a one-line error."""
     from gymnasium.envs.mujoco.mujoco_env import expand_model_path
 
     with open(expand_model_path("half_cheetah.xml"), encoding="utf-8") as shipped:
@@ -341,7 +341,7 @@ def eager(env: MujocoWarpBatchEnv, enqueue: Callable[[], None]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Ant-v5", "Humanoid-v5"])
 def test_graph_equals_eager(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To rounding: the order in which contacts are found is not fixed on a GPU."""
+    """Up to rounding: the order in which contacts are found is not fixed on a GPU."""
     states, actions = trajectory(env_id)
     env, other = make_warp_env(env_id, 64, "cuda"), make_warp_env(env_id, 64, "cuda")
     monkeypatch.setattr(other._physics, "_run", functools.partial(eager, other))
@@ -375,7 +375,7 @@ def test_nothing_waits_for_the_host(env_id: str) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Ant-v5"])
 def test_steps_in_a_graph_of_torch(env_id: str, whole: bool) -> None:
-    """Its parts around warp's graph, or the whole step, replayed, as the steps themselves."""
+    """Replaying the parts around warp's graph, or whole steps, equals running the steps."""
     states, actions = (values.cuda() for values in (torch.from_numpy(trajectory(env_id)[0]), trajectory(env_id)[1]))
     env, other = make_warp_env(env_id, 64, "cuda"), make_warp_env(env_id, 64, "cuda")
     everything = torch.ones(64, dtype=torch.bool, device="cuda")
@@ -384,7 +384,7 @@ def test_steps_in_a_graph_of_torch(env_id: str, whole: bool) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # torch wants a warm-up before it captures
+        for _ in range(2):  # torch requires a warm-up before a capture
             env.step(action)
     torch.cuda.synchronize()
     begin, end, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.MemPool()
@@ -404,7 +404,7 @@ def test_steps_in_a_graph_of_torch(env_id: str, whole: bool) -> None:
         if not whole:
             env.run_physics()
             end.replay()
-        torch.empty(1 << 20, device="cuda").fill_(torch.nan)  # would overwrite what the graph holds by mistake
+        torch.empty(1 << 20, device="cuda").fill_(torch.nan)  # would overwrite memory that the graph uses by mistake
         expected = other.step(actions.roll(step, 0))
         assert error(fields(env)["qpos"], fields(other)["qpos"]).max() < 1e-3
         torch.testing.assert_close(outcome[1], expected[1], rtol=1e-2, atol=1e-2)

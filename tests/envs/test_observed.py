@@ -1,4 +1,4 @@
-"""Environments that show part of their observations: the batch and the Gymnasium wrapper show the same."""
+"""Environments with a part of their observations: the batch and the Gymnasium wrapper are equal."""
 
 from __future__ import annotations
 

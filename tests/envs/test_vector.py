@@ -1,4 +1,4 @@
-"""Our environments as Gymnasium vector environments, against ``SyncVectorEnv``."""
+"""The native environments as Gymnasium vector environments, compared with ``SyncVectorEnv``."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The kernels compile for a Hopper GPU, also on machines without one: the compiler may reject what the interpreter accepts."""
+"""The kernels compile for a Hopper GPU, even without one: the compiler may reject what the interpreter accepts."""
 
 import os
 import subprocess

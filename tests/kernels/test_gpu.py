@@ -1,4 +1,4 @@
-"""Tests that need a GPU: compiled kernels at realistic sizes and in CUDA graphs, and tuning that does not change results."""
+"""Tests that need a GPU: compiled kernels at realistic sizes, CUDA graphs, and tuning that does not change results."""
 
 from collections.abc import Callable
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Every kernel against its torch twin and dense members. Without a GPU, Triton's interpreter runs them (conftest.py)."""
+"""Every kernel against its torch twin and dense members; without a GPU, in Triton's interpreter (conftest.py)."""
 
 import dataclasses
 from itertools import pairwise
@@ -20,7 +20,7 @@ from es_flipout.kernels.weighted_sum import weighted_sum, weighted_sum_torch
 from es_flipout.randomness import Address, Stream, signs, unpacked_signs
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
-# Tensor cores reduce mantissas to 10 bits for TF32 and to 7 for bf16; the interpreter only reduces bf16 (and rounds down).
+# Tensor cores reduce mantissas to 10 bits for TF32 and 7 for bf16; the interpreter only reduces bf16 (rounding down).
 TOLERANCE = {"ieee": 2e-5, "tf32x3": 5e-5, "tf32": 2e-2, "bf16": 6e-2}
 SIGMA = 0.3
 

@@ -1,4 +1,4 @@
-"""Distributions of the weights of single examples and of pairs, signs, and unbiased gradients, within K standard errors."""
+"""Distributions of the weights of examples and pairs, signs, and unbiased gradients, within K standard errors."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_recurrent_gradients_are_unbiased() -> None:
 
 
 def test_variance_of_a_linear_loss() -> None:
-    """For a linear loss the flips cancel everything that examples share (gamma = 0), so independent noise is no better."""
+    """For a linear loss, flips cancel all that examples share (gamma = 0), so independent noise is no better."""
     layer = FlipoutLinear(8, 4, False, dtype=torch.float64, noise=MultiplicativeGaussian(1.0))
     x = 1 + torch.randn(256, 8, dtype=torch.float64)
     spread: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Perturbation families layer by layer: the distribution of the noise, and the batched forward against dense weights."""
+"""Perturbation families layer by layer: distribution of the noise, and the batched forward against dense weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One builder: what is trained, measured for ``--device auto`` and planned is made alike."""
+"""One builder: training, measurements for ``--device auto`` and plans build the same objects."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ MIXED = TrainConfig.of(
 
 
 class Stop(Exception):  # noqa: N818
-    """The strategy was about to be made."""
+    """Raised instead of creating the strategy."""
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What strategies are made with; none is made, for there is no GPU to put it on."""
+    """Record the arguments of strategies; none is created, as there is no GPU for it."""
     arguments: list[dict[str, Any]] = []
 
     def record(module: torch.nn.Module, population_size: int, sigma: float, **settings: Any) -> EvolutionStrategy:

@@ -1,7 +1,8 @@
-"""The rollout without the host: to the bit what ``run`` gives, whatever the slots, the steps of a launch and the refills."""
+"""The rollout on a device: bitwise identical to ``run`` for any number of slots, steps per launch and refills."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +26,15 @@ from es_flipout.policies.networks import MLP, Recurrent
 from es_flipout.policies.observation_norm import ObservationNorm
 from es_flipout.rollout.device import DeviceEnv, LaunchOptions
 from es_flipout.rollout.device_player import DevicePlayer
-from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes, Rollout, RolloutInterrupted, start_seeds
+from es_flipout.rollout.episodes import (
+    MOMENT_JOBS,
+    Ends,
+    Episodes,
+    Rollout,
+    RolloutInterrupted,
+    Segments,
+    start_seeds,
+)
 from es_flipout.rollout.host import run
 from es_flipout.strategy.population import Population
 from es_flipout.strategy.unperturbed import Unperturbed
@@ -35,8 +44,8 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Chaos(TorchTask):
-    """Three numbers that the actions push about chaotically, so that a wrong bit shows, for a number of steps drawn at the
-    start. With ``breaking`` every fourth episode or so stops being finite in its second step."""
+    """Three numbers that move chaotically under the actions, so that a single wrong bit shows; the number of steps is
+    drawn at the start. With ``breaking``, about every fourth episode becomes non-finite in its second step."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
@@ -60,7 +69,7 @@ class Chaos(TorchTask):
 
 
 class ChaosInParts(TorchBatchEnv):
-    """As an environment whose physics cannot be captured. A part out of turn spoils everything."""
+    """Behaves like an environment whose physics cannot be captured; parts in the wrong order give NaN."""
 
     capturable = False
 
@@ -102,7 +111,7 @@ def seeds_of(count: int, episodes: int, first: int = 7) -> Tensor:
 
 
 def tensors_in(item: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors that can be reached through attributes and containers: an oracle for what a rollout holds."""
+    """Yield all tensors reachable through attributes and containers: an oracle for what a rollout holds."""
     seen = set() if seen is None else seen
     if isinstance(item, Tensor):
         yield item
@@ -114,7 +123,7 @@ def tensors_in(item: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def same(a: Rollout, b: Rollout) -> bool:
-    """To the bit."""
+    """Return whether two rollouts are bitwise identical."""
     return (
         torch.equal(a.episode_returns, b.episode_returns)
         and torch.equal(a.lengths, b.lengths)
@@ -123,7 +132,13 @@ def same(a: Rollout, b: Rollout) -> bool:
         and torch.equal(a.moment_blocks.total, b.moment_blocks.total)
         and torch.equal(a.moment_blocks.squares, b.moment_blocks.squares)
         and a.diverged == b.diverged
+        and (a.ends is None) == (b.ends is None)
+        and (a.ends is None or b.ends is None or same_ends(a.ends, b.ends))
     )
+
+
+def same_ends(a: Ends, b: Ends) -> bool:
+    return torch.equal(a.running, b.running) and torch.equal(a.states.nan_to_num(), b.states.nan_to_num())
 
 
 def play(player: DevicePlayer, population: Population | Unperturbed, seeds: Tensor, **settings: Any) -> Rollout:
@@ -168,10 +183,18 @@ def test_equals_the_rollout_on_the_host_to_the_bit(
     expected = run(population, chaos(5, limit, **task), request)
     player = player_of(lambda n: chaos(n, limit, kind, **task), slots, steps=steps)
     assert same(player.play(population, request), expected)
+    # The same episodes in segments, of which each continues the one before it.
+    segments = Segments(torch.zeros(2 * pairs, episodes, 1), torch.zeros(2 * pairs, episodes, dtype=torch.int64))
+    for _ in range(3):
+        request = dataclasses.replace(request, step_cap=cap or 3, segments=segments)
+        expected, found = run(population, chaos(5, limit, **task), request), player.play(population, request)
+        assert same(found, expected)
+        assert found.ends is not None
+        segments = Segments(found.ends.states, (segments.elapsed + found.lengths) * found.ends.running)
 
 
 def test_the_toy_ends_in_every_way() -> None:
-    """What the comparison above would not notice if it never happened."""
+    """Otherwise the comparison above would prove little."""
     population = population_of(MLP(3, 2, hidden=(4,), output_gain=1.0), Flipout(), 40)
     player = player_of(lambda n: chaos(n, 6, breaking=True), 7, steps=4)
     rollout = play(player, population, seeds_of(40, 1))
@@ -184,7 +207,7 @@ def test_the_toy_ends_in_every_way() -> None:
 def test_the_same_memory_serves_every_generation(
     family: Family, policy: Literal["mlp", "lstm"], kind: type[TorchBatchEnv]
 ) -> None:
-    """Mean, noise, sigma, statistics and start states change; a stale one would show in the chaos."""
+    """Mean, noise, sigma, statistics and start states change; the chaotic dynamics would reveal a stale value."""
     mlp = MLP(3, 2, (4,), output_gain=1.0)
     module = mlp if policy == "mlp" else Recurrent(3, 2, (3, 2), policy, output_gain=1.0)
     envs: list[DeviceEnv] = []
@@ -204,7 +227,7 @@ def test_the_same_memory_serves_every_generation(
         assert same(play(player, population, seeds), expected), f"generation {generation}"
         score, episodes = Unperturbed(population.member(0), 3, 8), Episodes(seeds[:3, :1])
         assert same(player.play(score, episodes), run(score, chaos(2), episodes, **settings))
-        # whose memory was not taken
+        # the memory of the population is not used
         assert all(torch.equal(p, before[name]) for name, p in population._module.named_parameters())
         norm.update(expected.moments)
         with torch.no_grad():
@@ -215,7 +238,7 @@ def test_the_same_memory_serves_every_generation(
 
 
 def test_state_stays_where_it_is_in_memory() -> None:
-    """A graph would go on reading and writing where tensors were when it was captured."""
+    """A graph keeps using the addresses that tensors had when it was captured."""
     module, norm = Recurrent(3, 2, (4,), output_gain=1.0), ObservationNorm(3)
     player, places = player_of(lambda n: chaos(n), 3, norm=norm), []
     for generation in range(3):
@@ -293,12 +316,12 @@ def test_launches_too_many_at_the_end_step_nothing() -> None:
     rollout = play(player_of(lambda n: env, 4, steps=2), population, seeds_of(4, 1))
     longest = int(rollout.lengths.max())
     assert sum(lives) == rollout.env_steps
-    # one call when memory is laid out, and after the launch that ends the last episode one more
+    # one call when memory is allocated, and one more launch after the one that ends the last episode
     assert len(lives) == 1 + 2 * (-(-longest // 2) + 1)
 
 
 class Greedy(TorchBatchEnv):
-    """Needs more memory than there is, from so many slots on: when it is made, or when it first steps a live slot."""
+    """Runs out of memory with more than ``most`` slots: when it is created, or when it first steps a live slot."""
 
     most = 3
     at_start = True
@@ -324,7 +347,7 @@ def test_too_little_memory_halves_the_slots_and_plays_again(at_start: bool, monk
     player = player_of(lambda n: chaos(n, kind=Greedy), 16, said.append)
     assert same(play(player, population, seeds), run(population, chaos(16), Episodes(seeds, moment_jobs=MOMENT_JOBS)))
     assert player.slots == 2
-    assert [line for line in said if "too little memory for 16" in line and "going on with 8" in line]
+    assert [line for line in said if "too little memory for 16" in line and "continuing with 8" in line]
     assert len(said) == 3
 
 
@@ -354,10 +377,10 @@ def test_overflow_of_contacts_is_told_once() -> None:
     for _ in range(2):
         play(player, population, seeds_of(4, 1))
     (line,) = said
-    assert "2 of 4 environments had more contacts than there was room for" in line
+    assert "2 of 4 environments exceeded the maximum number of contacts" in line
 
 
-# On a GPU: what is captured is what was proven above.
+# On a GPU: the captured code is the code that is tested above.
 
 gpu = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -412,7 +435,7 @@ def test_nothing_waits_for_the_device() -> None:
         for _ in range(3):
             launch()
             rollout._watch.look(rollout._remaining)
-        rollout._whole_launch()  # also where nothing is captured
+        rollout._whole_launch()  # also without capture
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert same(play(player, population, seeds), first)

@@ -1,4 +1,4 @@
-"""Physics of mujoco-warp in the loop without the host: on warp's CPU device to the bit, on a GPU with graphs."""
+"""Device rollouts with mujoco-warp: bitwise identical on warp's CPU device, with graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_graphs_on_a_gpu_play_the_same_episodes_and_nothing_waits() -> None:
     player = DevicePlayer(agent_of(make(1)), lambda n: make(n, "cuda"), 5, launch=LaunchOptions(4))
     for _ in range(2):
         found = player.play(population, Episodes(seeds))
-        # Chaos amplifies the order in which a GPU adds, so only the most of it agrees.
+        # Chaotic dynamics amplify rounding differences on the GPU, so only most lengths agree.
         assert (found.lengths == expected.lengths).double().mean() > 0.6
         torch.testing.assert_close(found.returns.mean(), expected.returns.mean(), rtol=0.2, atol=5.0)
     (rollout,) = player._rollouts.values()

@@ -1,4 +1,4 @@
-"""Rollouts: every episode played once, by its member, counted right, and to the same bit whatever slot it was played in."""
+"""Rollouts: every episode is played once, by its member, and counted correctly; its bits do not depend on the slot."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ UNIT_BOX = gymnasium.spaces.Box(-1, 1, (6,), np.float32)
 
 
 def coded_seeds(size: int, episodes: int) -> Tensor:
-    """Different for every episode, and not its number."""
+    """Return seeds that differ for every episode, and differ from its number."""
     return (3 * torch.arange(size * episodes) + 7).view(size, episodes)
 
 
 def by_seed(envs: list[ToyEnv]) -> dict[int, list[Step]]:
-    """The live steps of every episode in the order played."""
+    """Return the live steps of every episode, in the order in which they were played."""
     episodes = defaultdict(list)
     for env in envs:
         for step in env.trace:
@@ -51,7 +51,7 @@ def same_moments(a: Moments, b: Moments) -> bool:
 
 
 def same(a: Rollout, b: Rollout) -> bool:
-    """To the bit."""
+    """Return whether two rollouts are bitwise identical."""
     return (
         torch.equal(a.episode_returns, b.episode_returns)
         and torch.equal(a.returns, b.returns)
@@ -90,10 +90,10 @@ def test_every_episode_is_played_once_by_its_member(
         assert [step.t for step in steps] == list(range(1, length + 1))
         assert all(step.action.tolist() == [member] for step in steps)
         assert rollout.lengths[member, episode] == length
-        # the terminal reward included, exactly: the rewards are whole numbers
+        # including the terminal reward; exact, because the rewards are whole numbers
         assert rollout.episode_returns[member, episode] == sum(1000 * seed + t for t in range(1, length + 1))
         acted_on += [[seed, t, 1] for t in range(length)]
-    assert not played, "episodes that nobody asked for"
+    assert not played, "episodes that were not requested"
     observed = torch.tensor(acted_on, dtype=torch.float64)
     assert same_moments(rollout.moments, Moments(len(observed), observed.sum(0), observed.square().sum(0)))
     torch.testing.assert_close(rollout.returns, rollout.episode_returns.mean(1))
@@ -104,7 +104,7 @@ def test_every_episode_is_played_once_by_its_member(
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8, 20, 30])
 def test_a_freed_slot_takes_the_next_episode_at_once(slots: int) -> None:
-    """As many steps as a greedy queue needs."""
+    """The number of steps is that of a greedy queue."""
     seeds = coded_seeds(20, 1)
     env = ToyEnv(slots, lambda seed: 1 + seed % 8)
     rollout = run(SignedPopulation(20), env, Episodes(seeds))
@@ -127,7 +127,7 @@ def test_policy_computes_less_than_twice_the_live_rows() -> None:
     population, env = SignedPopulation(20), ToyEnv(14, lambda seed: 1 + seed % 11)
     run(population, env, Episodes(coded_seeds(20, 1)))
     live = [int(mask.sum()) for mask in env.masks]
-    assert live[-1] == 1, "without a long tail this shows nothing"
+    assert live[-1] == 1, "without a long tail nothing is tested"
     assert all(rows < 2 * now for rows, now in zip(population.rows_computed, live, strict=True))
 
 
@@ -234,7 +234,7 @@ def test_observations_in_float32_have_moments_in_float64() -> None:
         SignedPopulation(3), env, Episodes(torch.tensor([[1 << 23], [12345677], [3]]), moment_jobs=MOMENT_JOBS)
     ).moments
     assert moments.squares.dtype == torch.float64
-    assert moments.squares[0] == 3 * ((1 << 23) ** 2 + 12345677**2 + 9)  # float32 would round every one of the squares
+    assert moments.squares[0] == 3 * ((1 << 23) ** 2 + 12345677**2 + 9)  # float32 would round all of the squares
 
 
 def toys(slots: list[int], obs_dim: int, action_dim: int = 6, cap: int | None = None) -> list[ToyEnv]:
@@ -247,7 +247,7 @@ LAYOUTS = [[1], [3], [50], [2, 3], [20, 20]]
 
 @pytest.mark.parametrize("episodes", [1, 2])
 def test_slots_do_not_matter_to_the_bit(family: Family, episodes: int) -> None:
-    """One slot for each episode against few, many, and two batches; the environment amplifies the last bit."""
+    """Compares one slot per episode with few, many, and two batches; the environment amplifies the last bit."""
     population = population_of(MLP(17, 6, hidden=(16,), output_gain=1.0), family, 14)
     one_each = run(population, toys([14 * episodes], 17), episodes)
     assert len(one_each.episode_returns.unique()) == 14 * episodes
@@ -257,13 +257,13 @@ def test_slots_do_not_matter_to_the_bit(family: Family, episodes: int) -> None:
 
 def test_slots_do_not_matter_to_the_bit_with_the_default_row_block() -> None:
     population = population_of(MLP(17, 6, output_gain=1.0), Flipout(), 300, row_block=256)
-    seeds = coded_seeds(300, 1) % 50  # short episodes, many of them alike
+    seeds = coded_seeds(300, 1) % 50  # short episodes, many of them with equal seeds
     one_each = run(population, toys([300], 17, cap=3), Episodes(seeds, step_cap=3))
     assert same(run(population, toys([11, 90], 17, cap=3), Episodes(seeds, step_cap=3)), one_each)
 
 
 def test_slots_do_not_matter_to_the_bit_for_a_linear_policy() -> None:
-    """Observations and actions of Hopper; a row of 11 numbers is not aligned in memory."""
+    """Sizes of Hopper's observations and actions; rows of 11 numbers are not aligned in memory."""
     policy = Linear(11, 3)
     nn.init.normal_(policy.layer.weight)
     population = population_of(policy, Flipout(), 14)
@@ -285,7 +285,7 @@ def test_a_shard_gives_its_part_of_the_returns() -> None:
 def played_alone(
     policy: Callable[[Tensor], Tensor], seed: int, prepare: Callable[[Tensor], Tensor]
 ) -> tuple[float, list[Tensor]]:
-    """One episode of one plain module: its return and the observations that it acted on."""
+    """Play one episode of one plain module; return its return and the observations that it acted on."""
     (env,) = toys([1], 5)
     obs, total, seen, over = env.reset(torch.tensor([seed])), 0.0, [], False
     while not over:
@@ -323,7 +323,7 @@ def test_equals_playing_every_member_alone(family: Family, slots: list[int], nor
 @pytest.mark.parametrize("slots", [[1], [3], [12], [2, 3]])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_memory_begins_anew_with_every_episode(family: Family, slots: list[int], cell: Literal["gru", "lstm"]) -> None:
-    """Slots take the next job at once, and late in a generation rows move: what a member remembers stays its own."""
+    """Slots take the next job immediately, and rows move late in a generation; recurrent states must follow members."""
     policy = Recurrent(5, 6, hidden=(4, 3), cell=cell, output_gain=1.0)
     population = population_of(policy, family, 6)
     seeds = coded_seeds(6, 2) % 6  # short episodes: the dynamics are chaotic

@@ -1,4 +1,4 @@
-"""Where a run is computed: what was asked for, what is chosen, and that neither changes what it computes."""
+"""Placement: what is requested and chosen, and that it does not change the results."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ CONFIG = TrainConfig.of("CartPole-v1", population_size=16, generations=4, hidden
 
 
 def with_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[Placement, float]) -> list[Placement]:
-    """As if there were a GPU, on which measurements give ``rates``."""
+    """Pretend that there is a GPU and that measurements give ``rates``."""
     asked = []
 
     def measure(config: TrainConfig) -> float:
@@ -47,8 +47,8 @@ def test_without_a_gpu_it_is_the_cpu_at_once(monkeypatch: pytest.MonkeyPatch) ->
     found = place(CONFIG, said.append)
     assert (found.compute.device, found.compute.physics, found.compute.slots, said) == ("cpu", "cpu", None, [])
     for asked, message in (
-        ({"device": "cuda"}, "device cuda was asked for, but there is none; use --device cpu"),
-        ({"physics": "gpu"}, "physics gpu was asked for, but there is none; use --physics cpu"),
+        ({"device": "cuda"}, "device cuda was requested, but there is none; use --device cpu"),
+        ({"physics": "gpu"}, "physics gpu was requested, but there is none; use --physics cpu"),
     ):
         with pytest.raises(UserError, match=message):
             place(CONFIG.replace(**asked))
@@ -128,7 +128,7 @@ def test_what_does_not_work_is_left_out() -> None:
 
 def test_no_physics_for_the_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpu(monkeypatch, {})
-    with pytest.raises(UserError, match="Taxi-v3 has no physics for the GPU; use --physics cpu"):
+    with pytest.raises(UserError, match="Taxi-v3 has no GPU physics; use --physics cpu"):
         place(CONFIG.replace(env_id="Taxi-v3", physics="gpu"))
 
 
@@ -149,7 +149,7 @@ def test_a_measurement_plays_as_the_run_would(env_id: str, monkeypatch: pytest.M
     monkeypatch.setattr(LocalPlayer, "play", listening)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     assert measured(config, seconds=2.56) == pytest.approx(100.0)
-    # 8 members, 16 steps of each: 128 steps at 100 a second; twice as many fill the time
+    # 8 members with 16 steps each: 128 steps at 100 per second; twice as many fill the time
     assert caps == [(8, 1, 1), (8, 1, 16), (8, 1, 32)]
 
 
@@ -238,7 +238,7 @@ def test_config_says_what_was_chosen(tmp_path: Path) -> None:
 def test_without_a_gpu_the_command_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "CartPole-v1", "--generations", "1", "--device", "cuda"]) == 2
     error = capsys.readouterr().err
-    assert "device cuda was asked for, but torch sees no CUDA GPU here" in error
+    assert "device cuda was requested, but torch finds no CUDA GPU" in error
     assert error.count("\n") == 1
 
 
@@ -255,7 +255,7 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", unavailable)
     assert missing_cuda() == (
-        "torch sees no CUDA GPU here (CUDA initialization: The NVIDIA driver on your system is too old (found version 11040))"
+        "torch finds no CUDA GPU (CUDA initialization: The NVIDIA driver on your system is too old (found version 11040))"
     )
 
 

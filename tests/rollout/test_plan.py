@@ -1,4 +1,4 @@
-"""A plan against what is really stored."""
+"""Plans, compared with the bytes that are actually stored."""
 
 import json
 from typing import Any
@@ -76,7 +76,7 @@ def test_slots_are_the_most_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_card_too_small_for_one_slot_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, 10**6)
-    with pytest.raises(UserError, match=r"needs .* GiB even with one environment at a time.*smaller population-size"):
+    with pytest.raises(UserError, match=r"needs .* GiB even with one environment at a time.*reduce --population-size"):
         slots_that_fit(CONFIG.replace(device="cuda", physics="gpu"))
 
 
@@ -98,8 +98,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "which environment?"),
         (["CartPole-v1", "--populaton-size", "2"], "did you mean --population-size?"),
-        (["CartPole-v1", "--device", "cpu", "--physics", "gpu"], "physics gpu needs device cuda"),
-        (["Taxi-v3", "--device", "cuda", "--physics", "gpu"], "no physics for the GPU"),
+        (["CartPole-v1", "--device", "cpu", "--physics", "gpu"], "physics gpu requires device cuda"),
+        (["Taxi-v3", "--device", "cuda", "--physics", "gpu"], "no GPU physics"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

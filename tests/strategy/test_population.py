@@ -1,4 +1,4 @@
-"""The batched forward of a population: each row is its member's network, and its bits do not depend on the other rows."""
+"""The batched forward of a population: each row is its member's network, and its bits are independent of other rows."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from es_flipout.strategy.shaping import centered_ranks
+from es_flipout.strategy.shaping import centered_ranks, pair_differences, shape
 
 # few distinct values, so that ties are common
 RETURNS = st.lists(
@@ -76,3 +76,48 @@ def test_argument_is_not_changed() -> None:
 def test_wrong_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="shape"):
         centered_ranks(torch.zeros(shape))
+
+
+# Differences of antithetic partners.
+
+PAIRS = st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)), min_size=1, max_size=20)
+
+
+@given(pairs=PAIRS)
+def test_differences_are_scaled_to_unit_root_mean_square(pairs: list[tuple[float, float]]) -> None:
+    returns = torch.tensor(pairs, dtype=torch.float64).flatten()
+    shaped = pair_differences(returns)
+    assert shaped.dtype == torch.float32
+    assert torch.equal(shaped[0::2], -shaped[1::2])
+    difference = returns[0::2] - returns[1::2]
+    folded = (shaped[0::2] - shaped[1::2]).double()
+    root = math.sqrt(sum(float(d) ** 2 for d in difference) / len(pairs))
+    if root == 0:
+        assert not shaped.any()
+    elif root > 1e-100:
+        torch.testing.assert_close(folded, difference / root, rtol=1e-5, atol=1e-6)
+        assert float(folded.square().mean().sqrt()) == pytest.approx(1, rel=1e-5)
+
+
+def test_known_differences() -> None:
+    returns = torch.tensor([5.0, 1.0, 100.0, 103.0, -7.0, -7.0])
+    root = math.sqrt((16 + 9 + 0) / 3)
+    expected = torch.tensor([4.0, -4.0, -3.0, 3.0, 0.0, 0.0]) / root / 2
+    torch.testing.assert_close(pair_differences(returns), expected)
+    assert torch.equal(shape(returns, "differences"), pair_differences(returns))
+    assert torch.equal(shape(returns, "ranks"), centered_ranks(returns))
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_broken_partner_loses_by_the_largest_difference(bad: float) -> None:
+    shaped = pair_differences(torch.tensor([5.0, 1.0, bad, 3.0, 2.0, bad, bad, bad]))
+    one = float(shaped[0])
+    assert shaped.tolist() == pytest.approx([one, -one, -one, one, one, -one, 0, 0])
+    assert pair_differences(torch.tensor([bad, 3.0])).tolist() == [-0.5, 0.5]
+    assert pair_differences(torch.tensor([math.inf, 3.0])).tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("shape_of_returns", [(3,), (0,), (2, 2)])
+def test_differences_need_pairs(shape_of_returns: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="even P"):
+        pair_differences(torch.zeros(shape_of_returns))

@@ -1,4 +1,4 @@
-"""Files are whole or absent whatever happens while they are written, and what is damaged is refused, not loaded."""
+"""Files are complete or absent whenever writing is interrupted, and damaged files are rejected."""
 
 import dataclasses
 import errno
@@ -134,7 +134,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
     save(tmp_path, 1)
     path = tmp_path / "generation_000001.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"damaged.*checkpoint before it"):
+    with pytest.raises(UserError, match=r"damaged.*previous checkpoint"):
         load_checkpoint(tmp_path)
     with pytest.raises(UserError, match="is damaged"):
         load_tensors(path)
@@ -241,7 +241,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("exists", [True, False])
 def test_no_checkpoint_at_all(tmp_path: Path, exists: bool) -> None:
     folder = tmp_path if exists else tmp_path / "nowhere"
-    with pytest.raises(UserError, match=f"{folder} holds no complete checkpoint"):
+    with pytest.raises(UserError, match=f"{folder} contains no complete checkpoint"):
         load_checkpoint(folder)
 
 

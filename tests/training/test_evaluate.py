@@ -1,4 +1,4 @@
-"""The final score is what a plain loop over the real Gymnasium environment gives."""
+"""The final score equals that of a plain loop over the real Gymnasium environment."""
 
 import json
 import statistics
@@ -24,7 +24,7 @@ OBSERVATIONS = Box(-1, 1, (2, 2), np.float32)
 
 
 class Picky(gymnasium.Env):
-    """Refuses actions outside its space; the reward of a step is the sum of its action."""
+    """Rejects actions outside its space; the reward of a step is the sum of its action."""
 
     def __init__(self, action_space: gymnasium.Space, fail_at: int | None = None) -> None:
         self.observation_space = OBSERVATIONS
@@ -69,7 +69,7 @@ def registered() -> Iterator[None]:
 
 
 def trained(env_id: str, **settings: Any) -> tuple[Agent, TrainConfig]:
-    """An agent as training makes it: from the spaces of the batch environment."""
+    """Create an agent as training does: from the spaces of the batch environment."""
     config = TrainConfig.of(env_id, hidden=(4,), **settings)
     env = make_env(env_id, 1, observed=config.task.observed, **config.task.parsed_env_kwargs())
     agent = Agent(config, env.observation_space, env.action_space, env.observation_shape)
@@ -155,7 +155,7 @@ def test_actions_are_in_the_action_space_of_the_real_environment(name: str) -> N
     agent, config = trained(f"Picky{name}-v0", observation_norm=False)
     result = evaluate(agent, config, episodes=2)
     assert result.mean_length == 3.0
-    # What training pays is what evaluation pays.
+    # Training and evaluation give the same rewards.
     env = make_env(config.task.env_id, 1)
     obs = env.reset(torch.tensor([0]))
     total = 0.0

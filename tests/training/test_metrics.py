@@ -1,4 +1,4 @@
-"""``metrics.csv`` keeps its columns and no row of a future that was undone; the terminal shows what it must."""
+"""``metrics.csv`` keeps its columns and drops rows that a resume undoes; the terminal shows progress and messages."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""A run that is cut off anywhere and resumed is, to the bit, the run that was never interrupted."""
+"""A run that is interrupted anywhere and resumed is bitwise identical to an uninterrupted run."""
 
 import csv
 import dataclasses
@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[2]
 GENERATIONS = 24
 HOLD = GENERATIONS - 3
 
-# The command line in a process of its own. It says on stdout which generation is done, and waits before the last ones,
-# so that however slow this machine is the run cannot end before it is interrupted.
+# Runs the command line in a separate process. It prints every completed generation to stdout and waits before the last
+# ones, so that the run cannot end before it is interrupted, however slow the machine is.
 CHILD = """
 import signal, sys
 from es_flipout.training import metrics
@@ -75,14 +75,14 @@ def arguments(env_id: str, optimizer: str, run_dir: Path, **others: Any) -> list
 
 
 class Child:
-    """A run in a process of its own."""
+    """A run in a separate process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.printed: list[str] = []
 
     def wait_for(self, generation: int) -> None:
-        """Until that generation is done, and up to a few more."""
+        """Wait until that generation, and possibly a few more, are completed."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.printed.append(line)
@@ -116,7 +116,7 @@ def child(*args: str, hold: int = HOLD) -> Iterator[Child]:
 
 
 def interrupt(run_dir: Path, how: signal.Signals, after: int, dice: random.Random, *args: str) -> None:
-    """Start or continue a run and interrupt it at a random moment after the given generation."""
+    """Start or continue a run, and interrupt it at a random time after the given generation."""
     with child(*args) as running:
         running.wait_for(min(dice.randint(after, after + 5), HOLD))
         time.sleep(dice.uniform(0, 0.05))
@@ -138,7 +138,7 @@ def interrupt(run_dir: Path, how: signal.Signals, after: int, dice: random.Rando
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
-    """``metrics.csv`` without what a clock decides."""
+    """Return ``metrics.csv`` without the columns that depend on time."""
     with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
         return [
             {k: v for k, v in row.items() if k not in ("env_steps_per_s", "wall_s")} for row in csv.DictReader(file)
@@ -153,7 +153,7 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
         assert tensors[name].dtype == value.dtype
         assert torch.equal(tensors[name], value), name
     kinds = {name.partition(".")[0] for name in expected}
-    assert kinds == {"module", "optimizer", "observation_norm"}, "something is missing in the comparison"
+    assert kinds - {"frontier"} == {"module", "optimizer", "observation_norm"}, "the comparison is incomplete"
     assert dataclasses.replace(progress, wall_s=0.0) == dataclasses.replace(final, wall_s=0.0)
     assert progress.wall_s > 0
     policy, expected_policy = (load_tensors(path / "policy.safetensors") for path in (run_dir, whole))
@@ -195,15 +195,15 @@ def test_interrupted_equals_uninterrupted(
     assert_same_run(run_dir, tmp_path / "whole")
 
 
-# The same in one process, where every place to be cut off can be tried.
+# The same in one process, in which every point of interruption can be tested.
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing may catch it."""
+    """Simulates kill -9: nothing may catch it."""
 
 
 class KilledAfter(Silent):
-    """The process dies as soon as a generation is done."""
+    """Kills the process as soon as a generation is completed."""
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
@@ -214,7 +214,7 @@ class KilledAfter(Silent):
 
 
 class InterruptedAfter(Silent):
-    """Somebody presses Ctrl-C, or a machine shuts down, when a generation is done."""
+    """Simulates Ctrl-C, or a machine that shuts down, when a generation is completed."""
 
     def __init__(self, generation: int, number: signal.Signals = signal.SIGINT) -> None:
         self.generation, self.number = generation, number
@@ -250,6 +250,8 @@ SMALL = TrainConfig.of(
         {"generations": None, "env_steps": 1500},
         {"env_id": "Pendulum-v1", "episode_cap": 20, "episode_cap_until": 1.0, "squash": "tanh", "generations": 4},
         {"env_id": "InvertedPendulum-v5", "slots": 3, "policy": "linear", "threads": 1},
+        {"env_id": "Pendulum-v1", "horizon": 30, "episodes": 2, "shaping": "differences"},
+        {"env_id": "Hopper-v5", "horizon": 5, "shaping": "differences", "threads": 1, "sigma": 0.3},
     ],
     ids=str,
 )
@@ -282,7 +284,7 @@ def test_a_signal_saves_what_no_checkpoint_held(tmp_path: Path, generation: int,
 
 
 def during_the_third(trainer: Trainer) -> Callable[[], Rollout]:
-    """``trainer.generation``, but in the third one a signal comes while the first step is prepared."""
+    """Return ``trainer.generation`` with a signal during the third generation, before its first step."""
     original, norm = trainer.generation, trainer.agent.norm
     calls = 0
 
@@ -343,7 +345,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
 
 
 class Countdown:
-    """Dies at one of the operations that change files."""
+    """Simulates kill -9 at one of the operations that change files."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None) -> None:
         self.at, self.count = at, 0
@@ -361,7 +363,7 @@ class Countdown:
 
 
 class Threadless:
-    """Stands for TensorBoard's writer, which is slow to start and writes nothing that a resume reads."""
+    """Replaces TensorBoard's writer, which is slow to start and writes nothing that a resume reads."""
 
     def __init__(self, folder: str, purge_step: int) -> None: ...
 

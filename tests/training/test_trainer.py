@@ -1,4 +1,4 @@
-"""The training loop: what it counts, what must not change it, and what it survives."""
+"""The training loop: what it counts, what must not affect it, and which failures it survives."""
 
 import csv
 import math
@@ -40,7 +40,7 @@ MakeToys = Callable[..., list[ToyEnv]]
 
 
 class Heard(Silent):
-    """Keeps what a person would be told."""
+    """Records the messages for the user."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -50,14 +50,14 @@ class Heard(Silent):
 
 
 class Pays(ToyEnv):
-    """Each step pays 1."""
+    """The reward of each step is 1."""
 
     def _move(self, seed: int, t: int, state: Tensor, action: Tensor) -> tuple[Tensor, float]:
         return super()._move(seed, t, state, action)[0], 1.0
 
 
 class PaysForAction(ToyEnv):
-    """Each step pays its action."""
+    """The reward of each step is its action."""
 
     def _move(self, seed: int, t: int, state: Tensor, action: Tensor) -> tuple[Tensor, float]:
         return super()._move(seed, t, state, action)[0], float(action.sum())
@@ -65,7 +65,7 @@ class PaysForAction(ToyEnv):
 
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> MakeToys:
-    """Let the trainer make toys: the first is its probe, the last one is played in."""
+    """Make the trainer create toy environments: episodes are played in the last one."""
 
     def install(
         length: Callable[[int], int] = lambda seed: seed % 5 + 2, kind: type[ToyEnv] = ToyEnv, **settings: Any
@@ -122,7 +122,7 @@ def test_env_steps_are_exactly_the_live_ones(tmp_path: Path, toys: MakeToys, mon
     trainer = train(toy_config(episodes=3, slots=5), tmp_path)
     played = len(made[-1].trace)
     assert played == sum(int(mask.sum()) for mask in made[-1].masks)
-    assert played < sum(len(mask) for mask in made[-1].masks), "no slot was ever dead: the test shows nothing"
+    assert played < sum(len(mask) for mask in made[-1].masks), "no slot was ever dead, so nothing is tested"
     assert trainer.progress.env_steps == played
     assert int(rows(tmp_path)[-1]["env_steps"]) == played
 
@@ -246,7 +246,7 @@ def test_a_run_directory_that_exists_is_left_alone(tmp_path: Path, taken: str) -
     assert [path.name for path in tmp_path.rglob("*")] == (["run"] if taken == "file" else ["run", "thesis.txt"])
 
 
-# What must not change a run.
+# What must not affect a run.
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_threads_and_overlap_do_not_change_a_run(tmp_path: Path) -> None:
         assert rows(tmp_path / name) == rows(tmp_path / "plain")
 
 
-# What moves the mean, and what must not.
+# What must and must not move the mean.
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "clipup"])
@@ -369,7 +369,7 @@ def test_start_states_of_scoring_stay(toys: MakeToys) -> None:
 
 
 def test_the_episode_cap_grows_and_never_touches_the_score(tmp_path: Path) -> None:
-    # A car that always pushes the same way never leaves the valley, so an episode is as long as it may be.
+    # A car that always pushes in the same direction never leaves the valley, so episodes have the maximum length.
     config = TrainConfig.of(
         "MountainCar-v0",
         generations=6,
@@ -393,11 +393,11 @@ def test_the_episode_cap_grows_and_never_touches_the_score(tmp_path: Path) -> No
     assert {float(row["score"]) for row in written} == {-200.0}
 
 
-# What it survives.
+# Failures.
 
 
 class Odd(gymnasium.Env):
-    """Pays NaN to every episode whose start is above ``nan_above``; breaks in its ``fail_at``-th step of all."""
+    """Gives NaN rewards in episodes whose start is above ``nan_above``; raises in its ``fail_at``-th step overall."""
 
     observation_space = Box(-1, 1, (1,), np.float32)
     action_space = Box(-1, 1, (1,), np.float32)
@@ -449,7 +449,7 @@ def test_nan_returns_are_counted_and_warned_of_once(tmp_path: Path, odd: TrainCo
     written = rows(tmp_path)
     assert len(written) == 5
     counts = [int(row["nan_returns"]) for row in written]
-    assert sum(count > 0 for count in counts) >= 2, "too few generations with NaN to show anything"
+    assert sum(count > 0 for count in counts) >= 2, "too few generations with NaN to test anything"
     assert all(count < 8 for count in counts)
     assert all(math.isfinite(float(row[name])) for row in written for name in ("mean_return", "best_return"))
     (warning,) = reporter.said
@@ -481,7 +481,7 @@ def test_an_environment_that_raises_keeps_the_generations_before(
         train(broken, tmp_path / "broken")
     _, progress = load_checkpoint(tmp_path / "broken" / "checkpoints")
     assert progress.generation == generation - 1
-    # The environment recovers, and the run goes on as if nothing had happened.
+    # The environment recovers, and the run continues as if nothing had happened.
     resumed = resume_trainer(tmp_path / "broken")
     resumed.train()
     assert_same(tensors(resumed), tensors(whole))
@@ -501,7 +501,7 @@ def test_an_environment_that_raises_while_it_is_scored_loses_no_row(tmp_path: Pa
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
 
 
-# What is refused.
+# Invalid configurations.
 
 
 def test_an_unknown_environment_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The noise of the classic strategy: windows of one long table of normal numbers (Salimans et al. 2017, section 2.1).
 
-A member's perturbation is the window that starts at its offset, so only the offset is sent. Reading a window costs one copy;
-drawing as many numbers would cost more than an untrained policy's whole episode of CartPole. NumPy only, because workers do
-not import torch.
+A member's perturbation is the window that starts at its offset, so only the offset is sent. Reading a window costs one
+copy; drawing as many numbers would cost more than an untrained policy's whole episode of CartPole. NumPy only, because
+workers do not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def table_size(numbers: int) -> int:
 
 @lru_cache(maxsize=1)
 def noise_table(size: int) -> NDArray[np.float32]:
-    """Return standard normal numbers, ``(size,)`` float32, read-only; the same in all processes with the same NumPy version."""
+    """Return standard normal numbers, ``(size,)`` float32, read-only; all processes with one NumPy version agree."""
     table = np.random.Generator(np.random.Philox(key=123)).standard_normal(size, dtype=np.float32)
     table.flags.writeable = False
     return table

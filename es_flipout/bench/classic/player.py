@@ -1,8 +1,9 @@
 """The classic strategy on Ray: OpenAI-ES as published (Salimans et al. 2017), with minimal overhead.
 
-Every worker has one core and plays one independently perturbed policy at a time in one Gymnasium environment. It holds the
-noise table. For each member it receives an offset into the table, a sign and the seeds of the episodes, and it returns
-returns, lengths and sums over observations. The mean weights are sent once per generation, in :meth:`ClassicWorker.begin`.
+Every worker has one core and plays one independently perturbed policy at a time in one Gymnasium environment. It holds
+the noise table. For each member it receives an offset into the table, a sign and the seeds of the episodes, and it
+returns returns, lengths and sums over observations. The mean weights are sent once per generation, in
+:meth:`ClassicWorker.begin`.
 
 Letters: ``P`` members, ``E`` episodes per member, ``D`` parameters, ``O`` observation size.
 """
@@ -109,8 +110,8 @@ class Times:
 class ClassicPlayer(Player):
     """Plays on classic workers of a Ray cluster, one core each.
 
-    Work is handed out in blocks of members, large ones first, so that no worker waits long for a slow one at the end. If a
-    worker dies, another one repeats its task: noise and start states are addressed, so the result does not change.
+    Work is handed out in blocks of members, large ones first, so that no worker waits long for a slow one at the end.
+    If a worker dies, another one repeats its task: noise and start states are addressed, so the result does not change.
 
     Attributes:
         workers: number of workers.
@@ -128,8 +129,8 @@ class ClassicPlayer(Player):
             env: one environment of the task; only its time limit and alive bonus are read.
 
         Raises:
-            UserError: Ray is not installed, no cluster answers, no worker starts, workers have other package versions than
-                this process, or classic workers do not support the policy.
+            UserError: Ray is not installed, no cluster answers, no worker starts, workers have other package versions
+                than this process, or classic workers do not support the policy.
         """
         self.agent, self.max_episode_steps, self._alive_bonus = agent, env.max_episode_steps, env.alive_bonus
         self._spec = worker_spec(config, agent.module)
@@ -137,7 +138,7 @@ class ClassicPlayer(Player):
         self.cores = connection.cores
         self.workers = config.compute.workers or self.cores
         self.warnings = [
-            f"warning: {self.workers} classic workers share {connection.cores} cores, so each has only a fraction of a core; "
+            f"warning: {self.workers} classic workers share {connection.cores} cores, so each has a fraction of one; "
             "steps per second of a worker are then less than those of a core, which biases comparisons against them"
         ] * (self.workers > connection.cores)
         self.profile, self.times = False, Times()
@@ -225,7 +226,7 @@ class ClassicPlayer(Player):
 
 
 def _parts(size: int, workers: int, least: int) -> list[slice]:
-    """Split the members into consecutive parts of whole blocks, each half of a worker's share of the rest, so parts shrink."""
+    """Split members into consecutive parts of whole blocks; each is half of the rest per worker, so parts shrink."""
     parts: list[slice] = []
     start = 0
     while start < size:

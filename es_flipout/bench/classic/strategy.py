@@ -1,4 +1,4 @@
-"""The classic strategy's populations: every member's noise is a window of one long table (Salimans et al. 2017, section 2.1).
+"""The classic strategy: every member's noise is a window of one long table (Salimans et al. 2017, section 2.1).
 
 Letters: ``P`` members, ``D`` parameters.
 """

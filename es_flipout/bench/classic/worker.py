@@ -1,8 +1,8 @@
 """A worker of the classic strategy: one core, one policy at a time, one Gymnasium environment.
 
 Everything here is NumPy, because for one observation at a time a torch operation takes several times as long
-(``scripts/speed/classic_worker.py`` measures both). The module imports neither torch nor Ray, so workers start fast and need
-little memory.
+(``scripts/speed/classic_worker.py`` measures both). The module imports neither torch nor Ray, so workers start fast and
+need little memory.
 
 Letters: ``n`` members of a task, ``E`` episodes per member, ``O`` observation size, ``A`` outputs, ``D`` parameters.
 """
@@ -63,7 +63,8 @@ class WorkerSpec:
         env_id: Gymnasium id of the environment.
         env_kwargs: keyword arguments of ``gymnasium.make``.
         observed: entries of the observation that the policy sees; None for all.
-        layers: ``(out, in, bias)`` of every linear layer. The parameter vector holds each layer's weight, then its bias.
+        layers: ``(out, in, bias)`` of every linear layer. The parameter vector holds each layer's weight, then its
+            bias.
         activation: activation between the layers.
         squash: see :class:`es_flipout.policies.action_map.ActionMap`.
         table_size: length of the noise table.
@@ -85,7 +86,8 @@ class Center:
     Attributes:
         mean: ``(D,)`` float32, the unperturbed parameters.
         sigma: standard deviation of the perturbations; with 0, the mean policy is played.
-        norm: factor, offset, minimum and maximum of the observations, ``(O,)`` float64 each; None without normalization.
+        norm: factor, offset, minimum and maximum of the observations, ``(O,)`` float64 each; None without
+            normalization.
         cap: maximum number of steps per episode; None for no cap.
         moment_jobs: the number of the generation's first episodes whose observations are summed.
     """
