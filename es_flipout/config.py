@@ -77,7 +77,7 @@ class Task:
     episode_cap_until: float = 0.5
     """Fraction of the run after which episodes are no longer capped."""
     horizon: int | None = None
-    """Steps of an episode per generation; the next one continues it. None plays whole episodes."""
+    """Steps of every episode per generation; the next generation continues it. None plays whole episodes."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -89,7 +89,7 @@ class Task:
         _at_least_one(self, "episodes")
         _at_least_one_or_none(self, "episode_cap", "horizon")
         if self.horizon is not None:
-            _require(self.episode_cap is None, "episode_cap", "left out with a horizon", self.episode_cap)
+            _require(self.episode_cap is None, "episode_cap", "unset with a horizon", self.episode_cap)
             _require(self.start_states == "pair", "start_states", "pair with a horizon", self.start_states)
         if self.observed is not None:
             valid = all(entry >= 0 for entry in self.observed)
@@ -179,7 +179,7 @@ class Strategy:
     antithetic: bool = True
     """Evaluate each perturbation together with its negative."""
     shaping: Literal["ranks", "differences"] = "ranks"
-    """Weights of the members: ranks among all, or scaled differences of antithetic partners."""
+    """Weights of the members: ranks over all members, or scaled differences of antithetic partners."""
     optimizer: Literal["adam", "sgd", "clipup"] = "adam"
     """Optimizer of the mean weights."""
     learning_rate: float = 0.02
@@ -340,13 +340,15 @@ class TrainConfig:
     }
 
     def __post_init__(self) -> None:
-        """Check what concerns several subjects.
+        """Check values across subjects.
 
         Raises:
             UserError: options contradict each other.
         """
         if self.task.horizon is not None:
-            _require(self.policy.kind != "recurrent", "policy", "one without memory with a horizon", self.policy.kind)
+            _require(
+                self.policy.kind != "recurrent", "policy", "mlp, linear or convnet with a horizon", self.policy.kind
+            )
             kind = self.compute.worker_kind
             _require(kind == "engine", "worker_kind", "engine with a horizon", kind)
 

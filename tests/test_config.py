@@ -63,7 +63,10 @@ EDGE = TrainConfig.of(
     episode_cap=1,
 )
 
-# A non-default value for every field.
+# Options that exclude some of those below.
+HORIZON = TrainConfig.of("Any-v0", horizon=7, shaping="differences")
+
+# A non-default value for every other field.
 OTHER = TrainConfig.of(
     "Other-v3",
     env_kwargs='{"a": [1, null], "ü": "\\n"}',
@@ -145,11 +148,11 @@ def test_a_policy_needs_its_layers(policy: str, name: str) -> None:
 
 
 def test_json_round_trip_of_every_field() -> None:
-    default = TrainConfig.of("Any-v0").flat()
-    same = [name for name, value in OTHER.flat().items() if value == default[name]]
-    assert not same, f"OTHER must differ from the defaults in every field, also in {same}"
+    default, other, horizon = (config.flat() for config in (TrainConfig.of("Any-v0"), OTHER, HORIZON))
+    same = [name for name, value in default.items() if value == other[name] == horizon[name]]
+    assert not same, f"OTHER or HORIZON must differ from the defaults in every field, also in {same}"
     assert set(json.loads(OTHER.to_json())) == {"version", *TrainConfig.SUBJECTS}
-    for config in (OTHER, EDGE, TrainConfig.of("Any-v0")):
+    for config in (OTHER, EDGE, HORIZON, TrainConfig.of("Any-v0")):
         again = TrainConfig.from_json(config.to_json())
         assert again == config
         assert isinstance(again.policy.hidden, tuple)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from es_flipout.cli.parsing import parse
 from es_flipout.errors import UserError
 
-_SHOWN = ("env_id", "episodes", "mean_return", "std_return", "median_return", "min_return", "max_return")
+_SHOWN = (
+    "env_id",
+    "which",
+    "generation",
+    "episodes",
+    "mean_return",
+    "std_return",
+    "median_return",
+    "min_return",
+    "max_return",
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,8 @@ class EvaluateOptions:
     """Directory of the run."""
     episodes: int = 100
     """Episodes to play."""
+    which: Literal["best", "last"] = "best"
+    """The mean policy with the best score of training, or the last one."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -36,12 +49,18 @@ def run(arguments: Sequence[str]) -> int:
 
     import torch
 
+    from es_flipout.training.checkpoint import load_progress
     from es_flipout.training.evaluate import evaluate
     from es_flipout.training.run_directory import load_agent
 
     torch.set_num_threads(1)
-    agent, config = load_agent(options.run_dir)
-    result = evaluate(agent, config, options.episodes).to_dict()
+    agent, config = load_agent(options.run_dir, options.which)
+    progress = load_progress(options.run_dir / "checkpoints")
+    generation = None
+    if progress is not None:
+        generation = progress.generation if options.which == "last" else progress.best_generation
+    played = evaluate(agent, config, options.episodes)
+    result = dataclasses.replace(played, which=options.which, generation=generation).to_dict()
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

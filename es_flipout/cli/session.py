@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
 
 from es_flipout.config import TrainConfig
 from es_flipout.training.evaluate import evaluate
-from es_flipout.training.run_directory import write_evaluation
+from es_flipout.training.run_directory import Which, write_evaluation
 from es_flipout.training.setup import Build, build_engine
 from es_flipout.training.trainer import Trainer
 
@@ -33,19 +34,24 @@ def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
         print(f"stopped after generation {at.generation} ({at.env_steps:,} environment steps)")
         print(f"continue with: es-flipout resume {run_dir}")
         return 0
-    config = trainer.config
-    env_id, episodes = config.task.env_id, config.logging.evaluation_episodes
-    try:
-        with console.status(f"scoring in {env_id}, {episodes} episodes"):
-            evaluation = evaluate(trainer.trained_agent(), config, episodes)
-    except KeyboardInterrupt:
-        print(f"stopped while scoring; score with: es-flipout resume {run_dir}")
-        return 0
-    write_evaluation(run_dir, evaluation)
-    print(
-        f"score {evaluation.mean_return:,.1f} (sd {evaluation.std_return:,.1f}, median {evaluation.median_return:,.1f}) "
-        f"over {evaluation.episodes} episodes of {env_id} in Gymnasium {evaluation.versions['gymnasium']}"
-    )
-    print(f"trained on {trainer.progress.env_steps:,} environment steps in {trainer.progress.wall_s:,.0f} s")
+    env_id, progress = trainer.config.task.env_id, trainer.progress
+    generations: dict[Which, int | None] = {"best": progress.best_generation, "last": progress.generation}
+    if progress.best_generation == progress.generation:
+        del generations["last"]
+    for which, generation in generations.items():
+        episodes = trainer.config.logging.evaluation_episodes
+        try:
+            with console.status(f"scoring the {which} policy in {env_id}, {episodes} episodes"):
+                played = evaluate(trainer.trained_agent(which), trainer.config, episodes)
+        except KeyboardInterrupt:
+            print(f"stopped while scoring; score with: es-flipout resume {run_dir}")
+            return 0
+        write_evaluation(run_dir, dataclasses.replace(played, which=which, generation=generation))
+        print(
+            f"{which} policy (generation {generation}): score {played.mean_return:,.1f} (sd {played.std_return:,.1f}, "
+            f"median {played.median_return:,.1f}) over {played.episodes} episodes of {env_id} in Gymnasium "
+            f"{played.versions['gymnasium']}"
+        )
+    print(f"trained on {progress.env_steps:,} environment steps in {progress.wall_s:,.0f} s")
     print(f"run directory: {run_dir}")
     return 0

@@ -82,7 +82,7 @@ class Outcome:
     squares: NDArray[np.float64]
     diverged: int
     alive_bonus: float
-    ends: tuple[NDArray[np.float64], NDArray[np.bool_]] | None
+    ends: tuple[NDArray[np.float64], NDArray[np.bool_]] | None = None
 
 
 class ShardWorker:

@@ -173,7 +173,7 @@ def make_lanes(config: TrainConfig, slots: int) -> list[BatchEnv]:
     """Create the environments: two halves if physics and policy are double-buffered, otherwise one batch."""
     task, compute = config.task, config.compute
     cores, backend = usable_cores(), backend_of(config)
-    # With two cores and no GPU, overlap does not pay: the policy slows down the physics as much (results/LOG.md).
+    # With two cores and no GPU, overlap does not help: the policy slows the physics down as much (results/LOG.md).
     overlap = compute.overlap
     if overlap is None:
         overlap = compute.device == "cuda" or (cores > 2 and backend == "mujoco")

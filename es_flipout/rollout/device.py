@@ -175,7 +175,7 @@ class DeviceRollout:
 
         # The queue and the state of the slots. No slot has a job yet, and the queue is empty.
         self._next = zeros().fill_(jobs)
-        self._caps, self._cap = zeros(jobs).fill_(NO_LIMIT), zeros(slots)  # of every job, and of the job in every slot
+        self._caps, self._cap = zeros(jobs).fill_(NO_LIMIT), zeros(slots)  # per job, and per slot
         self._job, self._elapsed = zeros(slots).fill_(jobs), zeros(slots)
         self._live = zeros(slots, dtype=torch.bool)
         self._return = zeros(slots, dtype=torch.float64)
@@ -193,7 +193,7 @@ class DeviceRollout:
         outcome = env.step(self._action, self._live)
         self._reward, self._terminated, self._truncated = (part.clone() for part in outcome[1:])
         self._env_diverged = env.diverged.clone()
-        # Segments: how the episode in every slot ended, and all jobs.
+        # Segments: how episodes ended, per slot and per job.
         self._segments = episodes.segments is not None
         kept, all_jobs = (slots, jobs + 1) if self._segments else (0, 0)
         self._end, self._over = zeros(kept, self._starts.shape[1], dtype=torch.float64), zeros(kept, dtype=torch.bool)
@@ -336,7 +336,7 @@ class DeviceRollout:
         self._diverged += self._env_diverged.sum()
         over = self._terminated | self._truncated
         done = over | (self._elapsed >= self._cap)
-        if self._segments:  # now, because physics on a GPU does not keep the state of a slot that is not live
+        if self._segments:  # now, because GPU physics does not keep the state of dead slots
             ended = self._live & done
             self._end.copy_(torch.where(ended[:, None], self.env.states(), self._end))
             self._over.copy_(torch.where(ended, over, self._over))

@@ -41,13 +41,13 @@ class RolloutInterrupted(Exception):  # noqa: N818  (not an error: the caller re
 
 @dataclass(frozen=True)
 class Segments:
-    """Where episodes continue that were stopped before their end.
+    """States from which interrupted episodes continue.
 
     Attributes:
         states: ``(P, E, K)`` float64, states of the environments as
             :meth:`es_flipout.envs.native.NativeBatchEnv.states` returns them; ignored for episodes that start from
             their seed.
-        elapsed: ``(P, E)`` int64, steps that were played so far; 0 for an episode that starts from its seed.
+        elapsed: ``(P, E)`` int64, number of steps so far; 0 for an episode that starts from its seed.
     """
 
     states: Tensor
@@ -63,12 +63,12 @@ class Episodes:
         step_cap: maximum number of steps per episode, if below the environment's own limit.
         remove_alive_bonus: whether :attr:`Rollout.fitness` excludes the environment's alive bonus.
         moment_jobs: the number of first jobs whose observations are summed; 0 for none.
-        segments: continue these episodes instead of starting new ones, and record :attr:`Rollout.ends`. The
-            environments must be :class:`es_flipout.envs.native.NativeBatchEnv`. None plays from the start.
+        segments: continue these episodes instead of starting new ones, and record :attr:`Rollout.ends`; requires
+            environments that are a :class:`es_flipout.envs.native.NativeBatchEnv`. None to play from the start.
 
     Raises:
         ValueError: ``seeds`` is not an int64 matrix with at least one column, ``step_cap`` is less than 1, or
-            ``segments`` has another shape than ``seeds``.
+            ``segments`` and ``seeds`` have different shapes.
     """
 
     seeds: Tensor
@@ -119,7 +119,7 @@ class Episodes:
         return self.step_cap if self.step_cap is not None and (limit is None or self.step_cap < limit) else None
 
     def starts(self, env: StartsEnv) -> Tensor:
-        """Return the states in which the jobs start, ``(J, K)`` float64 on the device of ``env``."""
+        """Return the start states of the jobs, ``(J, K)`` float64 on the device of ``env``."""
         starts = env.starts(self.seeds.flatten())
         if self.segments is None:
             return starts
@@ -144,7 +144,7 @@ class Ends:
 
     Attributes:
         states: ``(P, E, K)`` float64, the last state of every segment.
-        running: ``(P, E)`` bool, whether the episode itself goes on: it neither ended nor reached the time limit.
+        running: ``(P, E)`` bool, whether the episode itself continues: it neither ended nor reached the time limit.
     """
 
     states: Tensor

@@ -227,7 +227,7 @@ class _SegmentJobs:
         self._running = torch.zeros(episodes.jobs, dtype=torch.bool)
 
     def record(self, jobs: Tensor, states: Tensor, over: Tensor, lengths: Tensor) -> None:
-        """Take the last states of jobs, whether their episodes ended, and their lengths; all have one row per job."""
+        """Store the last states of jobs, whether their episodes ended, and their lengths, with one row per job."""
         self._states[jobs] = states
         at_limit = self._limit is not None and self._elapsed[jobs] + lengths >= self._limit
         self._running[jobs] = ~(over | at_limit)

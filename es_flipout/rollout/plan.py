@@ -190,7 +190,7 @@ class _Model:
             "perturbations": at["perturbations"],
         }
         if self._on_gpu:
-            parts["perturbations, copy that stays"] = at["perturbations"]
+            parts["perturbations, second buffer"] = at["perturbations"]
         rows = -(-slots // row_block) * row_block
         parts["selection"] = self._lines["selection"].at(members, rows)
         if self._on_gpu:

@@ -76,7 +76,7 @@ class EvolutionStrategy:
         if shaping not in ("ranks", "differences"):
             raise UserError(f"shaping must be ranks or differences, got {shaping!r}")
         if shaping == "differences" and not antithetic:
-            raise UserError("shaping differences needs antithetic pairs")
+            raise UserError("shaping differences requires antithetic pairs")
         if not sigma > 0:
             raise UserError(f"sigma must be greater than 0, got {sigma}")
         if not 0 <= seed < 2**64:

@@ -16,12 +16,12 @@ def shape(returns: Tensor, shaping: Shaping) -> Tensor:
 
 
 def pair_differences(returns: Tensor) -> Tensor:
-    """Return half the difference between antithetic partners, scaled to a root mean square of 1/2, with opposite signs.
+    """Return differences between antithetic partners, scaled to a root mean square of 1/2, with opposite signs.
 
-    Members are compared with their partner only, which has the same start states; so it does not matter how much start states
-    differ in value between pairs, unlike for ranks. (Augmented random search, Mania et al. 2018, scales the differences of
-    its best pairs by the standard deviation of their returns.) A pair in which one return is NaN or infinite counts as
-    the largest finite difference; equal returns have weight zero.
+    A member is compared only with its partner, which has the same start states. Unlike with ranks, differences in value
+    between the start states of pairs therefore do not matter. (Augmented random search, Mania et al. 2018, scales the
+    differences of its best pairs by the standard deviation of their returns.) A pair with a return that is NaN or
+    infinite counts as the largest finite difference; pairs with equal returns have weight zero.
 
     Args:
         returns: ``(P,)`` floating point, higher is better; members ``2k`` and ``2k + 1`` are partners.
@@ -30,7 +30,7 @@ def pair_differences(returns: Tensor) -> Tensor:
         ``(P,)`` float32 with sum zero.
 
     Raises:
-        ValueError: ``returns`` is not one-dimensional or does not hold pairs.
+        ValueError: ``returns`` is not one-dimensional, is empty or has an odd length.
     """
     if returns.ndim != 1 or len(returns) == 0 or len(returns) % 2:
         raise ValueError(f"returns must have shape (P,) with an even P, got {tuple(returns.shape)}")

@@ -18,12 +18,22 @@ from es_flipout.errors import UserError
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run."""
+    """Progress of a run.
+
+    Attributes:
+        generation: generations done.
+        env_steps: live environment steps of training.
+        wall_s: seconds of training and scoring.
+        score: the newest score of the mean policy.
+        best_score, best_generation: the highest score so far, and the generation after which it was measured.
+    """
 
     generation: int
     env_steps: int
     wall_s: float
     score: float | None
+    best_score: float | None = None
+    best_generation: int | None = None
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -113,7 +123,22 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Progress]:
     found = checkpoints(folder)
     if not found:
         raise UserError(f"{folder} contains no complete checkpoint, so there is nothing to continue from")
-    path = found[-1]
+    progress, sha256 = _read_meta(found[-1])
+    return load_tensors(found[-1].with_suffix(".safetensors"), sha256), progress
+
+
+def load_progress(folder: Path) -> Progress | None:
+    """Load the progress of the newest checkpoint; None if there is no checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged or was written by another version of es_flipout.
+    """
+    found = checkpoints(folder)
+    return _read_meta(found[-1])[0] if found else None
+
+
+def _read_meta(path: Path) -> tuple[Progress, str]:
+    """Read the JSON file of a checkpoint: the progress, and the SHA-256 of the tensors."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version, sha256 = meta.pop("version"), meta.pop("sha256")
@@ -122,7 +147,6 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Progress]:
                 f"{path} was written by es_flipout {version}, but this is {es_flipout.__version__}: "
                 f"install es-flipout=={version} to continue it bit for bit"
             )
-        progress = Progress(**meta)
+        return Progress(**meta), sha256
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it to continue from the previous checkpoint") from None
-    return load_tensors(path.with_suffix(".safetensors"), sha256), progress

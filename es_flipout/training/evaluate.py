@@ -23,7 +23,12 @@ from es_flipout.runinfo import versions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Undiscounted returns over ``episodes`` episodes with the seeds ``first_seed``, ``first_seed + 1``, ..."""
+    """Undiscounted returns over ``episodes`` episodes with the seeds ``first_seed``, ``first_seed + 1``, ...
+
+    Attributes:
+        which: which mean policy of a run was scored, ``"best"`` or ``"last"``.
+        generation: the generation that this policy is of, where that is known.
+    """
 
     env_id: str
     env_kwargs: dict[str, Any]
@@ -36,6 +41,8 @@ class Evaluation:
     mean_length: float
     first_seed: int
     versions: dict[str, str]
+    which: str | None = None
+    generation: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``evaluation.json``; non-finite values, which JSON does not support, become None."""

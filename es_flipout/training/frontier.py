@@ -1,10 +1,11 @@
-"""Where the episodes of a run continue: the states in which the segments of the last generation ended.
+"""The states from which the episodes of a run continue: those in which the segments of the last generation ended.
 
-With ``--horizon`` a generation plays only that many steps of every episode, and the next one continues them with other members.
-Antithetic partners continue from the same state: that of one of them, drawn at random. So the mean policy takes many more steps
-per environment step than with whole episodes, and its start states are those that it visits. (Related: truncated and persistent
-evolution strategies, Vicol et al. 2021, arXiv 2112.13835; noise-reuse evolution strategies, Li et al. 2023, arXiv 2304.12180.
-Those keep a member's noise over the segments of an episode to remove the bias of truncation; here every segment has new noise.)
+With ``--horizon``, a generation plays only that many steps of every episode, and the next one continues the episodes
+with other members. Antithetic partners continue from the same state, that of a random one of them. The mean policy is
+therefore updated much more often per environment step than with whole episodes, and start states are states that the
+policy visits. (Related: truncated and persistent evolution strategies, Vicol et al. 2021, arXiv 2112.13835;
+noise-reuse evolution strategies, Li et al. 2023, arXiv 2304.12180. These keep a member's noise over the segments of an
+episode to remove the bias of truncation; here every segment has new noise.)
 
 Letters: ``N`` noise sources, ``E`` episodes per member, ``K`` numbers that describe a state.
 """
@@ -20,14 +21,14 @@ from es_flipout.strategy.population import Population
 
 
 class Frontier:
-    """The states from which the next generation's episodes start; at first none, so that all start from their seeds."""
+    """The states from which the next generation's episodes start; initially none: all start from their seeds."""
 
     def __init__(self) -> None:
         self._states: Tensor | None = None  # (N, E, K) float64
-        self._elapsed: Tensor | None = None  # (N, E) int64; 0 where an episode starts from its seed
+        self._elapsed: Tensor | None = None  # (N, E) int64; 0 if an episode starts from its seed
 
     def segments(self, population: Population, episodes: int) -> Segments:
-        """Return where every member continues.
+        """Return the states from which every member continues.
 
         Args:
             population: the members; antithetic partners continue from the same states.
@@ -40,14 +41,14 @@ class Frontier:
         return Segments(self._states[source], self._elapsed[source])
 
     def update(self, population: Population, segments: Segments, ends: Ends, lengths: Tensor) -> None:
-        """Take over the states in which a generation's segments ended.
+        """Store the states in which a generation's segments ended.
 
-        Of antithetic partners a random one is chosen, or the other one if its episode is over.
+        Of two antithetic partners a random one is chosen, or the other one if its episode is over.
 
         Args:
             population: the members that played.
-            segments: where they started.
-            ends: where they ended.
+            segments: the segments that were played.
+            ends: how they ended.
             lengths: ``(P, E)`` int64, steps of this generation.
         """
         per_source, count = population.members.per_source, ends.running.shape[1]
@@ -64,11 +65,11 @@ class Frontier:
         self._elapsed = torch.where(goes_on, elapsed.gather(1, chosen)[:, 0], 0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that :meth:`load_state_dict` needs."""
+        """Return the states and elapsed steps, for :meth:`load_state_dict`."""
         if self._states is None or self._elapsed is None:
             return {}
         return {"states": self._states, "elapsed": self._elapsed}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Load the states and elapsed steps of :meth:`state_dict`."""
         self._states, self._elapsed = state.get("states"), state.get("elapsed")

@@ -1,4 +1,4 @@
-"""The run directory: ``config.json``, ``environment.json``, ``policy.safetensors`` and ``evaluation.json``.
+"""The run directory: ``config.json``, ``environment.json``, ``policy.safetensors``, ``best.safetensors``, ``evaluation.json``.
 
 For checkpoints and metrics, see :mod:`es_flipout.training.checkpoint` and :mod:`es_flipout.training.metrics`.
 """
@@ -6,7 +6,11 @@ For checkpoints and metrics, see :mod:`es_flipout.training.checkpoint` and :mod:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
 
 import es_flipout
 from es_flipout.config import TrainConfig
@@ -17,7 +21,10 @@ from es_flipout.runinfo import environment
 from es_flipout.training.checkpoint import atomic_write, load_tensors, save_tensors
 from es_flipout.training.evaluate import Evaluation
 
-_CONFIG, _ENVIRONMENT, _POLICY, _EVALUATION = "config.json", "environment.json", "policy.safetensors", "evaluation.json"
+_CONFIG, _ENVIRONMENT, _EVALUATION = "config.json", "environment.json", "evaluation.json"
+
+Which = Literal["best", "last"]
+_POLICIES: dict[Which, str] = {"best": "best.safetensors", "last": "policy.safetensors"}
 
 
 def create(run_dir: Path, config: TrainConfig) -> None:
@@ -69,13 +76,18 @@ def _version_of(run_dir: Path) -> str | None:
     return version if isinstance(version, str) else None
 
 
-def save_policy(run_dir: Path, agent: Agent) -> None:
-    """Write ``policy.safetensors``."""
-    save_tensors(run_dir / _POLICY, agent.state_dict())
+def save_policy(run_dir: Path, tensors: Mapping[str, Tensor], which: Which) -> None:
+    """Write the tensors of an agent to ``policy.safetensors`` (the last one) or ``best.safetensors``."""
+    save_tensors(run_dir / _POLICIES[which], dict(tensors))
 
 
-def load_agent(run_dir: Path) -> tuple[Agent, TrainConfig]:
-    """Load the trained agent of a run directory, and the configuration of the run.
+def load_agent(run_dir: Path, which: Which = "best") -> tuple[Agent, TrainConfig]:
+    """Load a trained agent of a run directory, and the configuration of the run.
+
+    Args:
+        run_dir: its directory.
+        which: the mean policy with the best score of training, or the last one. A run that was not scored yet has only
+            the last one.
 
     Raises:
         UserError: the directory is missing or incomplete.
@@ -84,10 +96,15 @@ def load_agent(run_dir: Path) -> tuple[Agent, TrainConfig]:
     env = make_one_env(config)
     agent = make_agent(config, env)
     env.close()
-    agent.load_state_dict(load_tensors(run_dir / _POLICY))
+    agent.load_state_dict(load_tensors(run_dir / _POLICIES[_at_hand(run_dir, which)]))
     return agent, config
 
 
+def _at_hand(run_dir: Path, which: Which) -> Which:
+    return which if which == "last" or (run_dir / _POLICIES["best"]).exists() else "last"
+
+
 def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
-    """Write ``evaluation.json``."""
-    atomic_write(run_dir / _EVALUATION, json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    """Write ``evaluation.json``, or ``evaluation_last.json`` for the last policy of a run whose best one is another."""
+    name = "evaluation_last.json" if evaluation.which == "last" else _EVALUATION
+    atomic_write(run_dir / name, json.dumps(evaluation.to_dict(), indent=2) + "\n")

@@ -15,7 +15,7 @@ from es_flipout.rollout.builder import Parts, Say, backend_of, build
 from es_flipout.rollout.placement import place
 from es_flipout.training.checkpoint import load_checkpoint
 from es_flipout.training.metrics import Reporter, Silent
-from es_flipout.training.run_directory import read_config, save_policy
+from es_flipout.training.run_directory import read_config
 from es_flipout.training.trainer import Trainer
 
 Build = Callable[[TrainConfig, Say], Parts]
@@ -84,5 +84,5 @@ def resume_trainer(
     tensors, progress = load_checkpoint(run_dir / "checkpoints")
     trainer = make_trainer(config, run_dir, reporter, build)
     trainer.load(tensors, progress)
-    save_policy(run_dir, trainer.trained_agent())  # the run may have died between writing checkpoint and policy
+    trainer.save_policies()  # the run may have died between writing checkpoint and policy
     return trainer

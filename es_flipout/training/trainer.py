@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ from es_flipout.training import run_directory
 from es_flipout.training.checkpoint import Progress, save_checkpoint
 from es_flipout.training.frontier import Frontier
 from es_flipout.training.metrics import Metrics, MetricsLog, Reporter, Silent
+from es_flipout.training.run_directory import Which
 from es_flipout.training.signals import stop_on_signals
 
 _SCORE_GENERATION = 2**32 - 1  # a generation that training never reaches
@@ -64,6 +67,7 @@ class Trainer:
         score_members = torch.arange(config.logging.score_episodes)
         address = Address(config.schedule.seed, _SCORE_GENERATION)
         self._score_episodes = Episodes(integers(address, Stream.START_STATE, score_members))
+        self._best: dict[str, Tensor] | None = None  # of an agent, as Agent.state_dict returns them
         self._warned_nan = False
 
     @property
@@ -130,10 +134,11 @@ class Trainer:
         population = Unperturbed(mean, len(self._score_episodes.seeds), self.strategy.forward.row_block)
         return float(self.player.play(population, self._score_episodes).returns.mean())
 
-    def trained_agent(self) -> Agent:
-        """Return the mean policy as an agent on the CPU."""
-        self.agent.module.load_state_dict(self.strategy.mean_module().state_dict())
-        return self.agent
+    def trained_agent(self, which: Which = "best") -> Agent:
+        """Return the best mean policy so far, or the last one, as an agent on the CPU."""
+        agent = copy.deepcopy(self.agent)
+        agent.load_state_dict(self._policy() if which == "last" or self._best is None else self._best)
+        return agent
 
     def interrupt(self) -> None:
         """Request the run to stop as soon as possible; the current generation is discarded."""
@@ -154,11 +159,24 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint and the policy."""
+        """Write a checkpoint and the policies."""
         if self.run_dir is not None:
             keep = self.config.logging.keep_checkpoints
             save_checkpoint(self.run_dir / "checkpoints", self.tensors(), self.progress, keep)
-            run_directory.save_policy(self.run_dir, self.trained_agent())
+            self.save_policies()
+
+    def save_policies(self) -> None:
+        """Write the last mean policy and the best one."""
+        if self.run_dir is not None:
+            run_directory.save_policy(self.run_dir, self._policy(), "last")
+            if self._best is not None:
+                run_directory.save_policy(self.run_dir, self._best, "best")
+
+    def _policy(self) -> dict[str, Tensor]:
+        """Return the tensors of the mean policy as it is now, as :meth:`Agent.state_dict` does."""
+        tensors = self.agent.state_dict()
+        mean = self.strategy.mean_module().state_dict()
+        return tensors | {f"policy.{name}": value.detach().cpu() for name, value in mean.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the run's state in a flat dictionary."""
@@ -168,7 +186,8 @@ class Trainer:
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slot.items() if value is not None}
         if isinstance(self.agent.norm, ObservationNorm):
             tensors |= {f"observation_norm.{name}": value for name, value in self.agent.norm.state_dict().items()}
-        return tensors | {f"frontier.{name}": value for name, value in self.frontier.state_dict().items()}
+        tensors |= {f"frontier.{name}": value for name, value in self.frontier.state_dict().items()}
+        return tensors | {f"best.{name}": value for name, value in (self._best or {}).items()}
 
     def load(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         """Restore the tensors and the progress of a checkpoint.
@@ -193,6 +212,7 @@ class Trainer:
             if isinstance(self.agent.norm, ObservationNorm):
                 self.agent.norm.load_state_dict(parts["observation_norm"])
             self.frontier.load_state_dict(parts["frontier"])
+            self._best = parts.get("best")
         except (RuntimeError, KeyError, ValueError) as error:
             message = " ".join(str(error).split())
             raise UserError(f"the checkpoint in {self.run_dir} does not fit its configuration: {message}") from None
@@ -202,12 +222,13 @@ class Trainer:
         """Update the progress after a generation, score the mean policy if it is due, and return the metrics."""
         before = self.progress
         generation, env_steps = before.generation + 1, before.env_steps + rollout.env_steps
-        self.progress = Progress(generation, env_steps, before.wall_s + seconds, before.score)
+        wall_s = before.wall_s + seconds
+        self.progress = dataclasses.replace(before, generation=generation, env_steps=env_steps, wall_s=wall_s)
         score = None
         if generation % self.config.logging.score_every == 0 or self.finished:
-            score = self.score()
+            score = self._score_and_keep_the_best()
         wall_s = before.wall_s + time.perf_counter() - started
-        self.progress = Progress(generation, env_steps, wall_s, before.score if score is None else score)
+        self.progress = dataclasses.replace(self.progress, wall_s=wall_s)
         if rollout.nan_returns and not self._warned_nan:
             self._warned_nan = True
             self.reporter.say(
@@ -229,6 +250,16 @@ class Trainer:
             diverged=rollout.diverged,
             nan_returns=rollout.nan_returns,
         )
+
+    def _score_and_keep_the_best(self) -> float:
+        """Score the mean policy; the newest of equally good ones is the best, for it was trained longest."""
+        score, best = self.score(), self.progress.best_score
+        self.progress = dataclasses.replace(self.progress, score=score)
+        if math.isfinite(score) and (best is None or score >= best):
+            generation = self.progress.generation
+            self.progress = dataclasses.replace(self.progress, best_score=score, best_generation=generation)
+            self._best = {name: value.clone() for name, value in self._policy().items()}
+        return score
 
     def _fraction(self) -> float:
         return self.config.schedule.progress(self.progress.generation, self.progress.env_steps)

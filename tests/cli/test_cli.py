@@ -159,10 +159,14 @@ def test_train_ends_with_the_score_and_the_place(trained: tuple[Path, subprocess
     run_dir, done = trained
     assert done.returncode == 0, done.stderr
     evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
-    score, effort, place = done.stdout.splitlines()
-    assert score.startswith(f"score {evaluation['mean_return']:,.1f} (sd {evaluation['std_return']:,.1f}, ")
-    assert f"over 3 episodes of CartPole-v1 in Gymnasium {gymnasium.__version__}" in score
+    score, *_, effort, place = done.stdout.splitlines()
     _, progress = load_checkpoint(run_dir / "checkpoints")
+    assert score.startswith(
+        f"best policy (generation {progress.best_generation}): score {evaluation['mean_return']:,.1f} "
+        f"(sd {evaluation['std_return']:,.1f}, "
+    )
+    assert f"over 3 episodes of CartPole-v1 in Gymnasium {gymnasium.__version__}" in score
+    assert (evaluation["which"], evaluation["generation"]) == ("best", progress.best_generation)
     assert effort.startswith(f"trained on {progress.env_steps:,} environment steps in ")
     assert place == "run directory: run"
     assert "gen 3" in done.stderr.splitlines()[-1], "without a terminal the last generation is one line on stderr"
@@ -179,6 +183,7 @@ def test_the_run_directory_is_complete(trained: tuple[Path, subprocess.Completed
         "checkpoints",
         "evaluation.json",
         "policy.safetensors",
+        "best.safetensors",
     }
     config = TrainConfig.from_json((run_dir / "config.json").read_text(encoding="utf-8"))
     assert (config.task.env_id, config.schedule.seed, config.strategy.population_size, config.schedule.generations) == (
@@ -659,11 +664,12 @@ def test_a_damaged_policy(refused: Any, run_dir: Path, kind: str) -> None:
     raw = path.read_bytes()
     if kind == "missing":
         path.unlink()
+        (run_dir / "best.safetensors").unlink()
     elif kind == "truncated":
         path.write_bytes(raw[:-5])
     else:
         path.write_bytes(raw[:-5] + bytes([raw[-5] ^ 4]) + raw[-4:])
-    said = refused("evaluate", run_dir, "--episodes", "1")
+    said = refused("evaluate", run_dir, "--episodes", "1", "--which", "last")
     assert re.search(rf"policy\.safetensors is ({'missing' if kind == 'missing' else 'damaged'})", said), said
 
 

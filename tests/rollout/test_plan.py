@@ -85,7 +85,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "256 members" in shown
-    assert "perturbations, copy that stays" in shown
+    assert "perturbations, second buffer" in shown
     assert "total" in shown
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Episodes in segments: a segment starts where the one before it ended, and together they are the episode."""
+"""Episodes in segments: a segment continues the previous one, and together they equal the whole episode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ P, E = 6, 2
 
 
 def anew(size: int = P) -> Segments:
-    """Segments that start from their seeds."""
+    """Return segments that start from their seeds."""
     return Segments(torch.zeros(size, E, 1, dtype=torch.float64), torch.zeros(size, E, dtype=torch.int64))
 
 
@@ -39,7 +39,7 @@ def population_for(env_id: str) -> Population:
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCarContinuous-v0"])
 @pytest.mark.parametrize("lanes", [[12], [5], [3, 4]])
 def test_segments_add_up_to_the_episode(env_id: str, lanes: list[int]) -> None:
-    """For environments whose state is all that there is, to the last bit of every step."""
+    """Bitwise identical steps, for environments whose state vector is complete."""
     population, limit = population_for(env_id), 37
     kwargs: dict[str, Any] = {"max_episode_steps": limit}
     seeds = torch.arange(P * E).view(P, E)
@@ -63,10 +63,10 @@ def test_segments_add_up_to_the_episode(env_id: str, lanes: list[int]) -> None:
     [("HalfCheetah-v5", 1e-5), ("Hopper-v5", 1e-5), ("Pusher-v5", 1e-3), ("Humanoid-v5", 0.05)],
 )
 def test_mujoco_continues_from_the_recorded_state(env_id: str, tolerance: float) -> None:
-    """Positions and velocities are the state; the solver's warm start is not kept, so rounding differs.
+    """The state consists of positions and velocities; the solver's warm start is not kept, so rounding differs.
 
-    Derived fields that the observation or reward reads (contact forces, inertias) are those of a reset, where Gymnasium's lag
-    behind by a physics step.
+    Derived fields that observation or reward read (contact forces, inertias) are computed by a reset, whereas
+    Gymnasium's lag one physics step behind.
     """
     population = population_for(env_id)
     seeds, env = torch.arange(P * E).view(P, E), make_env(env_id, P * E, threads=1)
@@ -82,7 +82,7 @@ def test_mujoco_continues_from_the_recorded_state(env_id: str, tolerance: float)
 def test_an_episode_that_ended_starts_from_its_seed_again() -> None:
     population = population_for("CartPole-v1")
     seeds, env = torch.arange(P * E).view(P, E), make_env("CartPole-v1", 5)
-    states = torch.full((P, E, 4), torch.nan, dtype=torch.float64)  # must not be looked at
+    states = torch.full((P, E, 4), torch.nan, dtype=torch.float64)  # must not be read
     again = run(population, env, Episodes(seeds, segments=Segments(states, torch.zeros(P, E, dtype=torch.int64))))
     assert torch.equal(again.episode_returns, run(population, env, Episodes(seeds)).episode_returns)
     assert not ends_of(again).running.any()

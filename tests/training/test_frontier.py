@@ -1,4 +1,4 @@
-"""The frontier: which of two partners is continued, when an episode starts again, and that nothing else matters."""
+"""The frontier: which of two partners is continued, and when an episode starts again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ P, E, K = 400, 2, 3
 
 
 def coded() -> torch.Tensor:
-    """States that say whose they are: member, episode, and their sum."""
+    """Return states that identify their episodes: member, episode, and their sum."""
     member, episode = torch.meshgrid(torch.arange(P), torch.arange(E), indexing="ij")
     return torch.stack([member, episode, member + episode], -1).double()
 
@@ -52,7 +52,7 @@ def test_the_choice_is_addressed_by_generation() -> None:
 
 def test_a_partner_whose_episode_is_over_is_not_continued() -> None:
     running = torch.ones(P, E, dtype=torch.bool)
-    running[0::2, 0] = False  # of episode 0, only the second partner goes on
+    running[0::2, 0] = False  # of episode 0, only the second partner continues
     running[:, 1] = False  # of episode 1, none
     segments = updated(running)
     assert (segments.states[:, 0, 0].long() % 2 == 1).all()
@@ -98,8 +98,8 @@ def test_a_generation_plays_the_horizon_and_the_next_one_goes_on() -> None:
     ("changes", "message"),
     [
         ({"env_id": "Blackjack-v1"}, "horizon needs an environment whose state can be restored .*Blackjack-v1"),
-        ({"policy": "recurrent"}, "policy must be one without memory with a horizon, got recurrent"),
-        ({"episode_cap": 5}, "episode-cap must be left out with a horizon, got 5"),
+        ({"policy": "recurrent"}, "policy must be mlp, linear or convnet with a horizon, got recurrent"),
+        ({"episode_cap": 5}, "episode-cap must be unset with a horizon, got 5"),
         ({"start_states": "generation"}, "start-states must be pair with a horizon"),
         ({"backend": "ray", "worker_kind": "classic"}, "worker-kind must be engine with a horizon"),
         ({"horizon": 0}, "horizon must be at least 1, got 0"),

@@ -153,12 +153,13 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
         assert tensors[name].dtype == value.dtype
         assert torch.equal(tensors[name], value), name
     kinds = {name.partition(".")[0] for name in expected}
-    assert kinds - {"frontier"} == {"module", "optimizer", "observation_norm"}, "the comparison is incomplete"
+    assert kinds - {"frontier"} == {"module", "optimizer", "observation_norm", "best"}, "the comparison is incomplete"
     assert dataclasses.replace(progress, wall_s=0.0) == dataclasses.replace(final, wall_s=0.0)
     assert progress.wall_s > 0
-    policy, expected_policy = (load_tensors(path / "policy.safetensors") for path in (run_dir, whole))
-    assert policy.keys() == expected_policy.keys()
-    assert all(torch.equal(policy[name], expected_policy[name]) for name in policy)
+    for file in ("policy.safetensors", "best.safetensors"):
+        policy, expected_policy = (load_tensors(path / file) for path in (run_dir, whole))
+        assert policy.keys() == expected_policy.keys()
+        assert all(torch.equal(policy[name], expected_policy[name]) for name in policy)
     assert rows(run_dir) == rows(whole)
     assert [row["generation"] for row in rows(run_dir)] == [str(n) for n in range(1, final.generation + 1)]
 

@@ -18,9 +18,10 @@ from es_flipout.config import TrainConfig
 from es_flipout.envs.base import EnvironmentFailureError, UnsupportedEnvironmentError
 from es_flipout.errors import UserError
 from es_flipout.policies.observation_norm import ObservationNorm
+from es_flipout.rollout.episodes import Rollout
 from es_flipout.training.checkpoint import Progress, checkpoints, load_checkpoint, load_tensors
 from es_flipout.training.metrics import Silent
-from es_flipout.training.run_directory import load_agent
+from es_flipout.training.run_directory import Which, load_agent
 from es_flipout.training.setup import make_trainer, resume_trainer
 from es_flipout.training.trainer import Trainer
 
@@ -211,16 +212,43 @@ def test_a_run_directory_holds_what_it_must(tmp_path: Path) -> None:
         "tensorboard",
         "checkpoints",
         "policy.safetensors",
+        "best.safetensors",
     }
     assert TrainConfig.from_json((run_dir / "config.json").read_text(encoding="utf-8")) == trainer.config
     assert [path.stem for path in checkpoints(run_dir / "checkpoints")] == ["generation_000003", "generation_000004"]
     saved, progress = load_checkpoint(run_dir / "checkpoints")
     assert_same(saved, tensors(trainer))
     assert progress == trainer.progress
-    agent, config = load_agent(run_dir)
-    assert config == trainer.config
-    assert_same(agent.state_dict(), trainer.trained_agent().state_dict())
-    assert_same(load_tensors(run_dir / "policy.safetensors"), agent.state_dict())
+    names: dict[Which, str] = {"last": "policy", "best": "best"}
+    for which, name in names.items():
+        agent, config = load_agent(run_dir, which)
+        assert config == trainer.config
+        assert_same(agent.state_dict(), trainer.trained_agent(which).state_dict())
+        assert_same(load_tensors(run_dir / f"{name}.safetensors"), agent.state_dict())
+
+
+@pytest.mark.parametrize("scores", [[3.0, 9.0, 5.0, 7.0], [3.0, 5.0, 9.0, 9.0], [math.nan, 2.0, math.nan, 1.0]])
+def test_the_best_policy_is_kept_the_newest_of_equals(
+    tmp_path: Path, scores: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, seen = list(scores), []
+    monkeypatch.setattr(Trainer, "score", lambda self: left.pop(0))
+    trainer = make_trainer(CARTPOLE.replace(score_every=1, generations=4), tmp_path / "run")
+    trainer.create()
+    assert load_agent(tmp_path / "run")[0].state_dict().keys(), "before the first score the last one is the best"
+    generation = trainer.generation
+
+    def remembered() -> Rollout:
+        seen.append(trainer.trained_agent("last").state_dict())
+        return generation()
+
+    trainer.generation = remembered
+    trainer.train()
+    seen.append(trainer.trained_agent("last").state_dict())
+    best = max((score, number) for number, score in enumerate(scores, 1) if not math.isnan(score))
+    assert (trainer.progress.best_score, trainer.progress.best_generation) == best
+    assert_same(load_agent(tmp_path / "run", "best")[0].state_dict(), seen[best[1]])
+    assert_same(load_agent(tmp_path / "run", "last")[0].state_dict(), seen[-1])
 
 
 def test_a_checkpoint_is_there_from_the_start(tmp_path: Path) -> None:
