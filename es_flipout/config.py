@@ -233,6 +233,10 @@ class Schedule:
     """Stop after this many generations."""
     env_steps: int | None = None
     """Stop after the generation that reaches this many environment steps."""
+    starts: int = 1
+    """Independent starts, of which the one with the highest score goes on."""
+    start_fraction: float = 0.05
+    """Fraction of the run that each start gets, if there are several."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -242,6 +246,13 @@ class Schedule:
         """
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)
         _at_least_one_or_none(self, "generations", "env_steps")
+        _at_least_one(self, "starts")
+        _require(
+            0 < self.start_fraction * self.starts < 1 or self.starts == 1,
+            "start_fraction",
+            f"in (0, {1 / self.starts:.3g}), so that {self.starts} starts leave a rest of the run",
+            self.start_fraction,
+        )
 
     def progress(self, generation: int, env_steps: int) -> float:
         """Return the completed fraction of the run, in [0, 1]: the larger of generations' and environment steps'."""

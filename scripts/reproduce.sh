@@ -22,12 +22,10 @@ run() { # NAME SCRIPT [OPTIONS]
     fi
 }
 
-adopt=() # Pendulum and Swimmer of the learning table are runs of the family comparison
 trained=runs/trained_CartPole-v1
 
 run families scripts/learning/families.py # 126: train_s
-if [[ -d results/families_$WHERE ]]; then adopt=(--adopt "results/families_$WHERE"); fi
-run learning scripts/learning/presets.py "${adopt[@]}" # 56: train_s, without Pendulum and Swimmer
+run learning scripts/learning/presets.py # 56: train_s
 run memory scripts/learning/memory.py                  # 8: train_s
 
 run paper_variance scripts/paper/variance.py                   # 15: estimate

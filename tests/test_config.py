@@ -35,6 +35,7 @@ WRONG: dict[str, list[Any]] = {
     "keep_checkpoints": [0],
     "generations": [0, -1],
     "env_steps": [0],
+    "starts": [0],
     "threads": [0],
     "slots": [0],
     "row_block": [0],
@@ -64,7 +65,7 @@ EDGE = TrainConfig.of(
 )
 
 # Options that exclude some of those below.
-HORIZON = TrainConfig.of("Any-v0", horizon=7, shaping="differences")
+HORIZON = TrainConfig.of("Any-v0", horizon=7, shaping="differences", starts=3, start_fraction=0.1)
 
 # A non-default value for every other field.
 OTHER = TrainConfig.of(

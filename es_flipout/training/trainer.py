@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import math
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from es_flipout.training.frontier import Frontier
 from es_flipout.training.metrics import Metrics, MetricsLog, Reporter, Silent
 from es_flipout.training.run_directory import Which
 from es_flipout.training.signals import stop_on_signals
+from es_flipout.training.starts import Starts
 
 _SCORE_GENERATION = 2**32 - 1  # a generation that training never reaches
 
@@ -48,6 +51,7 @@ class Trainer:
         run_dir: directory for all output; None to write nothing.
         progress: progress of the run.
         frontier: where the episodes continue, if the configuration has a horizon.
+        starts: the independent starts, if the configuration has several.
         interrupted: whether the run was requested to stop before its end.
         seconds: times of the last generation.
     """
@@ -67,6 +71,7 @@ class Trainer:
         score_members = torch.arange(config.logging.score_episodes)
         address = Address(config.schedule.seed, _SCORE_GENERATION)
         self._score_episodes = Episodes(integers(address, Stream.START_STATE, score_members))
+        self.starts = Starts(config.schedule, self._state())
         self._best: dict[str, Tensor] | None = None  # of an agent, as Agent.state_dict returns them
         self._warned_nan = False
 
@@ -180,14 +185,19 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the run's state in a flat dictionary."""
+        tensors = self._state()
+        tensors |= {f"starts.{name}": value for name, value in self.starts.state_dict().items()}
+        return tensors | {f"best.{name}": value for name, value in (self._best or {}).items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the tensors that determine how training continues, without those that are only kept."""
         state = self.strategy.state_dict()
         tensors = {f"module.{name}": value for name, value in state["module"].items()}
         for index, slot in state["optimizer"]["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slot.items() if value is not None}
         if isinstance(self.agent.norm, ObservationNorm):
             tensors |= {f"observation_norm.{name}": value for name, value in self.agent.norm.state_dict().items()}
-        tensors |= {f"frontier.{name}": value for name, value in self.frontier.state_dict().items()}
-        return tensors | {f"best.{name}": value for name, value in (self._best or {}).items()}
+        return tensors | {f"frontier.{name}": value for name, value in self.frontier.state_dict().items()}
 
     def load(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         """Restore the tensors and the progress of a checkpoint.
@@ -195,28 +205,29 @@ class Trainer:
         Raises:
             UserError: the tensors do not fit the configuration.
         """
-        state = self.strategy.state_dict()
-        parts: dict[str, dict[str, Tensor]] = {"module": {}, "optimizer": {}, "observation_norm": {}, "frontier": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = value
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            slots.setdefault(int(index), {})[key] = value
-        state["generation"] = progress.generation
-        state["module"] = parts["module"]
-        state["optimizer"] = {**state["optimizer"], "state": slots}
+        parts = _by_part(tensors)
         try:
-            self.strategy.load_state_dict(state)
-            if isinstance(self.agent.norm, ObservationNorm):
-                self.agent.norm.load_state_dict(parts["observation_norm"])
-            self.frontier.load_state_dict(parts["frontier"])
-            self._best = parts.get("best")
+            self._load_state(tensors, progress.generation)
+            self.starts.load_state_dict(parts["starts"])
+            self._best = parts["best"] or None
         except (RuntimeError, KeyError, ValueError) as error:
             message = " ".join(str(error).split())
             raise UserError(f"the checkpoint in {self.run_dir} does not fit its configuration: {message}") from None
         self.progress = progress
+
+    def _load_state(self, tensors: dict[str, Tensor], generation: int) -> None:
+        parts, state = _by_part(tensors), self.strategy.state_dict()
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            slots.setdefault(int(index), {})[key] = value
+        state["generation"] = generation
+        state["module"] = parts["module"]
+        state["optimizer"] = {**state["optimizer"], "state": slots}
+        self.strategy.load_state_dict(state)
+        if isinstance(self.agent.norm, ObservationNorm):
+            self.agent.norm.load_state_dict(parts["observation_norm"])
+        self.frontier.load_state_dict(parts["frontier"])
 
     def _account(self, rollout: Rollout, seconds: float, started: float) -> Metrics:
         """Update the progress after a generation, score the mean policy if it is due, and return the metrics."""
@@ -225,8 +236,12 @@ class Trainer:
         wall_s = before.wall_s + seconds
         self.progress = dataclasses.replace(before, generation=generation, env_steps=env_steps, wall_s=wall_s)
         score = None
-        if generation % self.config.logging.score_every == 0 or self.finished:
+        start_over = self.starts.due(self._fraction())
+        if start_over or generation % self.config.logging.score_every == 0 or self.finished:
             score = self._score_and_keep_the_best()
+        if start_over and score is not None:
+            self._load_state(self.starts.finish(score, self._state()), generation)
+            self.reporter.say(str(self.starts))
         wall_s = before.wall_s + time.perf_counter() - started
         self.progress = dataclasses.replace(self.progress, wall_s=wall_s)
         if rollout.nan_returns and not self._warned_nan:
@@ -263,3 +278,12 @@ class Trainer:
 
     def _fraction(self) -> float:
         return self.config.schedule.progress(self.progress.generation, self.progress.env_steps)
+
+
+def _by_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a checkpoint by what they belong to: the part of their names before the first dot."""
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    return parts

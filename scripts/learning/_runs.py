@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from es_flipout.config import TrainConfig
 from es_flipout.presets import preset
 from es_flipout.runinfo import commit
 from es_flipout.training.evaluate import evaluate
-from es_flipout.training.metrics import Metrics, Silent
-from es_flipout.training.setup import make_trainer
+from es_flipout.training.metrics import Silent
+from es_flipout.training.setup import make_trainer, resume_trainer
 from scripts import report
 
 Changes = Mapping[str, Mapping[str, Any]]  # options that differ from a preset, by the name of what has them
@@ -22,11 +23,12 @@ Changes = Mapping[str, Mapping[str, Any]]  # options that differ from a preset, 
 
 @dataclass(frozen=True)
 class Job(report.Job):
-    """One run: a name, which is shared by the seeds of a configuration, and its configuration."""
+    """One run: a name, which is shared by the seeds of a configuration, its configuration, and its run directory."""
 
     KEY = ("name", "seed")
     name: str
     config: TrainConfig
+    run_dir: Path = Path()
 
     @property
     def seed(self) -> int:
@@ -34,44 +36,39 @@ class Job(report.Job):
         return self.config.schedule.seed
 
 
-class Recorder(Silent):
-    """Keeps the rows in which the mean policy was scored."""
-
-    def __init__(self, job: Job) -> None:
-        self.fixed = {"name": job.name, "env_id": job.config.task.env_id, "seed": job.seed}
-        self.rows: report.Rows = []
-        self.scores: list[float] = []
-
-    def show(self, metrics: Metrics, progress: float) -> None:
-        """Keep a generation that has a score."""
-        if metrics.score is not None:
-            names = ("generation", "env_steps", "wall_s", "mean_return", "score")
-            self.rows.append({**self.fixed, **{name: getattr(metrics, name) for name in names}})
-            self.scores.append(metrics.score)
+class Printed(Silent):
+    """Prints what must be seen."""
 
     def say(self, message: str) -> None:
-        """Print what must be seen."""
+        """Print a message."""
         print(message)
 
 
 def train_and_score(job: Job) -> dict[str, report.Rows]:
-    """Train one run, and score it in the real environment."""
-    recorder = Recorder(job)
-    trainer = make_trainer(job.config, None, recorder)
+    """Train one run, or continue it, and score the best and the last mean policy in the real environment."""
+    began = (job.run_dir / "checkpoints").exists()
+    trainer = resume_trainer(job.run_dir, Printed()) if began else make_trainer(job.config, job.run_dir, Printed())
+    if not began:
+        trainer.create()
     trainer.train()
-    evaluation = evaluate(trainer.trained_agent(), job.config, job.config.logging.evaluation_episodes)
+    fixed: dict[str, object] = {"name": job.name, "env_id": job.config.task.env_id, "seed": job.seed}
+    episodes = job.config.logging.evaluation_episodes
+    best, last = (evaluate(trainer.trained_agent(which), job.config, episodes) for which in ("best", "last"))
     row = {
-        **recorder.fixed,
+        **fixed,
         "env_steps": trainer.progress.env_steps,
         "generations": trainer.progress.generation,
         "train_s": round(trainer.progress.wall_s, 1),
-        "mean_return": evaluation.mean_return,
-        "std_return": evaluation.std_return,
-        "median_return": evaluation.median_return,
-        "best_score": max(recorder.scores),
+        "mean_return": best.mean_return,
+        "std_return": best.std_return,
+        "median_return": best.median_return,
+        "last_return": last.mean_return,
+        "best_generation": trainer.progress.best_generation,
         "commit": commit(),
     }
-    return {"runs": [row], "curves": recorder.rows}
+    metrics = report.read_csv(job.run_dir / "metrics.csv").dropna(subset="score")
+    columns = ["generation", "env_steps", "wall_s", "mean_return", "score"]
+    return {"runs": [row], "curves": [{**fixed, **scored} for scored in metrics[columns].to_dict("records")]}
 
 
 def sweep_parser(doc: str | None, envs: Iterable[str]) -> argparse.ArgumentParser:
@@ -89,8 +86,12 @@ def job(name: str, env_id: str, seed: int, **changes: Any) -> Job:
 
 
 def sweep(jobs: Iterable[Job], out: Path, processes: int) -> None:
-    """Train what ``runs.csv`` does not hold yet, and add the configurations to ``config.json``."""
-    jobs, path = list(jobs), out / "config.json"
+    """Train what ``runs.csv`` does not hold yet, and add the configurations to ``config.json``.
+
+    The run directories stay under ``runs/`` of the folder, which git ignores: an interrupted sweep continues its runs.
+    """
+    path = out / "config.json"
+    jobs = [dataclasses.replace(job, run_dir=out / "runs" / _file_name(f"{job.name}_seed{job.seed}")) for job in jobs]
     out.mkdir(parents=True, exist_ok=True)
     configs = report.read_json(path) if path.exists() else {}
     configs |= {job.name: job.config.flat() for job in jobs}
@@ -130,22 +131,8 @@ def plot_comparison(out: Path, tasks: Changes, variants: Changes, title: str = "
     report.save(figure, out)
 
 
-def adopt(jobs: Iterable[Job], other: Path, out: Path) -> None:
-    """Take over from another folder the runs of exactly the same configuration, instead of repeating them."""
-    names = {_without_seed(config): name for name, config in report.read_json(other / "config.json").items()}
-    before = report.done(out, Job.KEY)
-    for file in ("curves", "runs"):
-        rows = report.read_csv(other / f"{file}.csv")
-        for job in jobs:
-            name = names.get(_without_seed(job.config.flat()))
-            if name is not None and (job.name, str(job.seed)) not in before:
-                own = rows[(rows["name"] == name) & (rows["seed"] == job.seed)]
-                report.append_csv(out / f"{file}.csv", own.assign(name=job.name).to_dict("records"))
-
-
-def _without_seed(config: Mapping[str, Any]) -> str:
-    """A configuration for comparison; an older one gets the defaults of options that it does not know."""
-    return json.dumps(TrainConfig.of(**{**config, "seed": 0}).flat(), sort_keys=True)
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def final_scores(out: Path) -> dict[str, list[float]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from es_flipout.config import TrainConfig
+from es_flipout.training.setup import make_trainer
 from scripts import report
-from scripts.learning._runs import Job, adopt, final_scores, job, sweep
+from scripts.learning._runs import Job, final_scores, job, sweep
 
 RESULTS = Path(__file__).parents[2] / "results"
 TINY = TrainConfig.of(
@@ -39,26 +40,24 @@ def test_sweep_keeps_runs_and_configurations(tmp_path: Path) -> None:
     assert configs["tiny"] == json.loads(json.dumps(TINY.replace(seed=1).flat()))
 
 
-def test_equal_runs_are_taken_over(tmp_path: Path) -> None:
-    other, out = tmp_path / "other", tmp_path / "out"
-    sweep([Job("tiny", TINY)], other, 1)
-    configs = report.read_json(other / "config.json")
-    del configs["tiny"]["kernels"]  # an older version knew fewer options
-    report.write_json(other / "config.json", configs)
-    out.mkdir()
-    adopt([Job("mine", TINY), Job("mine", TINY.replace(seed=1)), Job("wide", TINY.replace(hidden=(8,)))], other, out)
-    adopt([Job("mine", TINY)], other, out)
-    assert report.done(out, Job.KEY) == {("mine", "0")}
-    assert len(report.read_csv(out / "curves.csv")) == 2
+def test_an_interrupted_run_continues(tmp_path: Path) -> None:
+    sweep([Job("tiny", TINY)], tmp_path / "whole", 1)
+    begun = make_trainer(TINY, tmp_path / "parts" / "runs" / "tiny_seed0")
+    begun.create()
+    begun.generation()
+    begun.progress = dataclasses.replace(begun.progress, generation=1, env_steps=123)
+    begun.save()
+    sweep([Job("tiny", TINY)], tmp_path / "parts", 1)
+    whole, parts = (report.read_csv(tmp_path / name / "runs.csv") for name in ("whole", "parts"))
+    assert list(whole["mean_return"]) == list(parts["mean_return"])
+    assert list(report.read_csv(tmp_path / "parts" / "curves.csv")["generation"]) == [2]  # the first was not repeated
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("families_*")), ids=lambda folder: folder.name)
-def test_committed_configurations_are_still_understood(folder: Path, tmp_path: Path) -> None:
+def test_committed_configurations_are_still_understood(folder: Path) -> None:
     configs = report.read_json(folder / "config.json")
     config = TrainConfig.of(**configs["HalfCheetah-v5: dense"])
     assert dataclasses.asdict(config)["strategy"]["perturbation"] == "dense"
-    adopt([Job("same", config.replace(hidden=tuple(config.policy.hidden), seed=2))], folder, tmp_path)
-    assert report.done(tmp_path, Job.KEY) == {("same", "2")}
 
 
 def test_jobs_are_presets_on_one_core() -> None:
