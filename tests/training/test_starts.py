@@ -11,6 +11,7 @@ from torch import Tensor
 
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
+from es_flipout.rollout.episodes import Rollout
 from es_flipout.training.setup import make_trainer, resume_trainer
 from es_flipout.training.trainer import Trainer
 
@@ -56,7 +57,7 @@ class Seen:
         monkeypatch.setattr(trainer, "score", score)
         generation = trainer.generation
 
-        def watched():  # type: ignore[no-untyped-def]
+        def watched() -> Rollout:
             before = of_the_run(trainer.tensors())
             self.continued.append({name: value.clone() for name, value in before.items()})
             return generation()
@@ -64,7 +65,7 @@ class Seen:
         monkeypatch.setattr(trainer, "generation", watched)
 
 
-@pytest.mark.parametrize("scores, best", [([1.0, 3.0, 2.0], 1), ([3.0, 1.0, 2.0], 0), ([math.nan, 1.0, 2.0], 2)])
+@pytest.mark.parametrize(("scores", "best"), [([1.0, 3.0, 2.0], 1), ([3.0, 1.0, 2.0], 0), ([math.nan, 1.0, 2.0], 2)])
 def test_the_best_start_goes_on(scores: list[float], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(CONFIG)
     initial = {name: value.clone() for name, value in of_the_run(trainer.tensors()).items()}
