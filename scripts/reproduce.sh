@@ -26,7 +26,8 @@ trained=runs/trained_CartPole-v1
 
 run families scripts/learning/families.py # 126: train_s
 run learning scripts/learning/presets.py # 56: train_s
-run memory scripts/learning/memory.py                  # 8: train_s
+run methods scripts/learning/methods.py # 50: estimate
+run memory scripts/learning/memory.py   # 8: train_s
 
 run paper_variance scripts/paper/variance.py                   # 15: estimate
 run paper_bayes_by_backprop scripts/paper/bayes_by_backprop.py # 25: seconds

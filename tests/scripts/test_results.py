@@ -19,6 +19,7 @@ SCRIPTS = {
     "families": "learning.families",
     "learning": "learning.presets",
     "memory": "learning.memory",
+    "methods": "learning.methods",
     "paper_bayes_by_backprop": "paper.bayes_by_backprop",
     "paper_es": "paper.es",
     "paper_language_models": "paper.language_models",
