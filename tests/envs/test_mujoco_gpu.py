@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from no_synchronization import no_synchronization
 from numpy.typing import NDArray
 from populations import agent_of
 
@@ -361,13 +362,9 @@ def test_nothing_waits_for_the_host(env_id: str) -> None:
     starts = env.starts(torch.arange(64))
     mask = torch.arange(64, device="cuda") % 2 == 0
     action = torch.zeros(64, *(env.action_space.shape or ()), device="cuda")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         env.restart_where(mask, starts)
         observation = env.step(action, mask)[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert observation.isfinite().all()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_synchronization import no_synchronization
 from numpy.typing import NDArray
 from populations import agent_of, population_of
 from torch import Tensor
@@ -320,6 +323,25 @@ def test_launches_too_many_at_the_end_step_nothing() -> None:
     assert len(lives) == 1 + 2 * (-(-longest // 2) + 1)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_error_at_synchronization_ends_with_its_block(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch sets the mode, and then warns that it is a prototype; warnings are errors here."""
+    modes: list[str] = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    inside = []
+    with pytest.raises(RuntimeError, match="waits") if fails else nullcontext(), no_synchronization():
+        inside.append(modes[-1])
+        if fails:
+            raise RuntimeError("waits")
+    assert (inside, modes) == (["error"], ["error", "default"])
+
+
 class Greedy(TorchBatchEnv):
     """Runs out of memory with more than ``most`` slots: when it is created, or when it first steps a live slot."""
 
@@ -425,9 +447,7 @@ def test_nothing_waits_for_the_device() -> None:
     first = play(player, population, seeds)
     (rollout,) = player._rollouts.values()
     rollout._load(population, Episodes(seeds))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         rollout._begin()
         rollout._watch.forget()
         launch: Callable[[], None] | None = rollout._launch
@@ -436,8 +456,6 @@ def test_nothing_waits_for_the_device() -> None:
             launch()
             rollout._watch.look(rollout._remaining)
         rollout._whole_launch()  # also without capture
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert same(play(player, population, seeds), first)
 
 

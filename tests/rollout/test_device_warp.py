@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("mujoco_warp")
 
+from no_synchronization import no_synchronization
 from populations import agent_of, population_of
 
 from es_flipout.envs.mujoco_gpu import make_warp_env
@@ -68,14 +69,10 @@ def test_graphs_on_a_gpu_play_the_same_episodes_and_nothing_waits() -> None:
         torch.testing.assert_close(found.returns.mean(), expected.returns.mean(), rtol=0.2, atol=5.0)
     (rollout,) = player._rollouts.values()
     rollout._load(population, Episodes(seeds))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         rollout._begin()
         launch = rollout._launch
         assert launch is not None
         for _ in range(3):
             launch()
             rollout._watch.look(rollout._remaining)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
