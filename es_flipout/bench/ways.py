@@ -2,8 +2,9 @@
 
 All ways of a point share inputs and sizes, with one member per row, and are measured in turn. On CUDA a way is the
 replay of its CUDA graph, which excludes launch overhead from Python, unless its name ends in ``eager``.
-``plain_compiled`` is the unperturbed network compiled by ``torch.compile`` with ``max-autotune``, with a graph. It is
-the reference of all ratios; where it is not measured (on the CPU), ``plain`` is. ``ieee`` is float32 throughout;
+``plain_compiled`` is the unperturbed network compiled by ``torch.compile`` with ``max-autotune``, for the shape of the
+point, and captured in the same kind of graph as the other ways. It is the reference of all ratios; where it cannot be
+measured (on the CPU), ``plain`` is. A way that fails is left out, with the reason. ``ieee`` is float32 throughout;
 ``tf32`` and ``bf16`` are the formats of the inputs of matrix products, also in plain inference.
 """
 
@@ -65,28 +66,37 @@ def measure(
     rounds: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Measure the rates of all ways at one point; ways that cannot be computed are skipped, with the reason."""
+    """Measure the rates of all ways at one point; ways that fail are left out, with the reason.
+
+    The reference is None, and there are no ratios, if neither ``plain_compiled`` nor ``plain`` could be measured.
+    """
     measures: dict[str, Measure] = {}
     left_out: dict[str, str] = {}
     with _matmul_precision(point.precision):
         for way in ways:
             try:
                 forward = make(point, way)
-                if not way.endswith(("eager", "compiled")):
+                if not way.endswith("eager"):
                     forward = graphed(point.device, forward)
                 measures[way] = repeated_on(point.device, forward, seconds)
-            except (UserError, torch.cuda.OutOfMemoryError, NotImplementedError) as error:
-                left_out[way] = " ".join(str(error).split())
+            except Exception as error:  # a compiler or a driver may raise anything; the other ways still count
+                left_out[way] = _reason(error)
         timings = interleave(measures, rounds)
-    reference = "plain_compiled" if "plain_compiled" in measures else "plain"
+    reference = next((way for way in ("plain_compiled", "plain") if way in measures), None)
+    others = [] if reference is None else [way for way in measures if way != reference]
     return {
         **description,
         "precision": point.precision,
         "reference": reference,
         "seconds": {way: 1 / timings.rate(way).median for way in measures},
-        "ratio": {way: asdict(timings.ratio(way, reference)) for way in measures if way != reference},
+        "ratio": {way: asdict(timings.ratio(way, reference)) for way in others if reference is not None},
         "left_out": left_out,
     }
+
+
+def _reason(error: Exception) -> str:
+    said = " ".join(str(error).split())[:300]
+    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
 
 
 def network_way(vmap: Callable[[nn.Module, Tensor], Forward], point: Point, way: Way) -> Forward:
@@ -98,7 +108,10 @@ def network_way(vmap: Callable[[nn.Module, Tensor], Forward], point: Point, way:
         case "plain_compiled":
             if point.device.type != "cuda":
                 raise UserError("compilation with a CUDA graph requires a CUDA device")
-            return _plain(torch.compile(own.module, mode="max-autotune"), own.x)
+            # Without a reset, the second shape would be compiled for any shape, and many shapes would end compilation.
+            torch.compiler.reset()
+            compiled = torch.compile(own.module, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+            return _plain(compiled, own.x)
         case "vmap":
             return vmap(own.module, own.x)
         case "dense":
@@ -228,5 +241,5 @@ def table(title: str, points: Sequence[dict[str, Any]]) -> Table:
             for way in ways
         ]
         row = (str(point["width"]), str(point["population"]), point["precision"])
-        found.add_row(*row, f"{1e3 * point['seconds'][reference]:.3f}", *cells)
+        found.add_row(*row, "-" if reference is None else f"{1e3 * point['seconds'][reference]:.3f}", *cells)
     return found

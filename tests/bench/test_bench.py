@@ -158,6 +158,50 @@ def test_forward_by_way_says_what_it_leaves_out() -> None:
     assert point["left_out"] == {"dense": "needs 0.01 MB"}
 
 
+def test_the_reference_is_compiled_for_its_shape_and_captured_like_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise ratios would flatter the population forward: it would be compared with launches from Python."""
+    events: list[tuple[str, object]] = []
+
+    def compiled(module: torch.nn.Module, **options: object) -> torch.nn.Module:
+        events.append(("compile", options))
+        return module
+
+    def graphed(device: torch.device, forward: ways.Forward) -> ways.Forward:
+        events.append(("graph", device.type))
+        return forward
+
+    def make(point: ways.Point, way: ways.Way) -> ways.Forward:
+        return ways.network_way(forward._vmap, point, way)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: events.append(("reset", None)))
+    monkeypatch.setattr(ways, "graphed", graphed)
+    monkeypatch.setattr(ways, "repeated_on", lambda device, call, seconds: repeated(call, seconds))
+    for population in (4, 8):
+        point = forward._ways_point(torch.device("cpu"), 8, population, "ieee")
+        point = ways.replace(point, device=torch.device("cuda"))
+        found = ways.measure(("plain_compiled", "plain", "plain_eager"), make, {}, point, 1, 0.001)
+        assert found["reference"] == "plain_compiled"
+        options = {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
+        assert events == [("reset", None), ("compile", options), ("graph", "cuda"), ("graph", "cuda")]
+        events.clear()
+
+
+def test_a_way_that_fails_ends_nothing() -> None:
+    def make(point: ways.Point, way: str) -> ways.Forward:
+        if way in ("plain_compiled", "flipout"):
+            raise RuntimeError(f"no kernel\nfor {way}")
+        return lambda: None
+
+    point = forward._ways_point(torch.device("cpu"), 8, 4, "ieee")
+    found = ways.measure(("plain_compiled", "plain", "flipout", "dense"), make, {}, point, 1, 0.001)
+    assert found["left_out"] == {way: f"RuntimeError: no kernel for {way}" for way in ("plain_compiled", "flipout")}
+    assert (found["reference"], set(found["ratio"])) == ("plain", {"dense"})
+    point = {"width": 8, "population": 4, **ways.measure(("flipout", "dense"), make, {}, point, 1, 0.001)}
+    assert (point["reference"], point["ratio"], set(point["seconds"])) == (None, {}, {"dense"})
+    ways.table("without a reference", [point])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_forward_on_a_device_that_is_not_there() -> None:
     console, _ = printed()
