@@ -30,9 +30,9 @@ from rich.console import Console
 from torch import Tensor
 
 from es_flipout.bench.classic.player import ClassicPlayer, build_classic
-from es_flipout.bench.compare_report import Prices, evaluate, plot, tables
-from es_flipout.bench.contenders import Contender, TimedEnv
-from es_flipout.bench.timing import interleave, report
+from es_flipout.bench.compare_report import Prices, Splits, evaluate, plot, tables
+from es_flipout.bench.contenders import STAGES, Contender, TimedEnv
+from es_flipout.bench.timing import SideBySide, interleave, report
 from es_flipout.cluster.connect import import_ray
 from es_flipout.cluster.sharded import build_sharded
 from es_flipout.config import TrainConfig
@@ -78,7 +78,7 @@ class CompareBench:
     ray_address: str | None = None
     """Ray cluster to join; by default Ray is started on this machine."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write ENV_ID.json and ENV_ID.png (with a run: ENV_ID_RUN) to this folder."""
+    """Write ENV_ID.json (after every round) and ENV_ID.png to this folder (with a run: ENV_ID_RUN)."""
 
     def __post_init__(self) -> None:
         """Check the values that no other configuration checks.
@@ -154,17 +154,40 @@ def run(options: CompareBench, console: Console) -> dict[str, Any]:
             _start(options, center, contenders)
         player = contenders[0].trainer.player
         assert isinstance(player, ClassicPlayer)
+        # Only the name of the run directory is recorded: its path is private.
+        named = asdict(options) | {"run_dir": None if options.run_dir is None else options.run_dir.name}
+        path = None if options.out is None else options.out / options.file_name()
+        prices = Prices(options.price_core_hour, options.price_gpu_hour)
+        setting = _setting(options, center.config, player)
+
+        def write(timings: SideBySide, splits: Splits) -> dict[str, Any]:
+            results = setting | evaluate(contenders, timings, splits, prices, player.cores)
+            return report("bench compare", named, {"compare": results}, path)
+
         with console.status(f"{options.env_id}: {options.rounds} rounds and one for warm-up"):
             measures = {each.name: each.measure(options.seconds) for each in contenders}
-            timings = interleave(measures, options.rounds)
+            unsplit: Splits = {each.name: dict.fromkeys(map(str, STAGES)) for each in contenders}
+            timings = interleave(measures, options.rounds, after_round=lambda timings: write(timings, unsplit))
         with console.status("split of time"):
-            splits = {each.name: each.split() for each in contenders}
+            whole = write(timings, {each.name: each.split() for each in contenders})
     finally:
         # The first trainer started Ray, so it is closed last.
         for trainer in reversed(list(dict.fromkeys(each.trainer for each in contenders))):
             trainer.close()
-    config = center.config
-    results = {
+    results = whole["results"]["compare"]
+    for warning in player.warnings:
+        console.print(warning, style="yellow")
+    for table in tables(results):
+        console.print(table)
+    for sentence in results["sentences"]:
+        console.print(sentence)
+    if path is not None:
+        plot(results, path.with_suffix(".png"))
+    return whole
+
+
+def _setting(options: CompareBench, config: TrainConfig, player: ClassicPlayer) -> dict[str, Any]:
+    return {
         "env_id": options.env_id,
         "env_kwargs": config.task.parsed_env_kwargs(),
         "population_size": config.strategy.population_size,
@@ -177,21 +200,7 @@ def run(options: CompareBench, console: Console) -> dict[str, Any]:
         "rounds": options.rounds,
         "cores": usable_cores(),
         "warnings": list(player.warnings),
-        **evaluate(contenders, timings, splits, Prices(options.price_core_hour, options.price_gpu_hour), player.cores),
     }
-    for warning in player.warnings:
-        console.print(warning, style="yellow")
-    for table in tables(results):
-        console.print(table)
-    for sentence in results["sentences"]:
-        console.print(sentence)
-    path = None if options.out is None else options.out / options.file_name()
-    # Only the name of the run directory is recorded: its path is private.
-    named = asdict(options) | {"run_dir": None if options.run_dir is None else options.run_dir.name}
-    whole = report("bench compare", named, {"compare": results}, path)
-    if path is not None:
-        plot(results, path.with_suffix(".png"))
-    return whole
 
 
 def _start(options: CompareBench, center: _Center, contenders: list[Contender]) -> None:

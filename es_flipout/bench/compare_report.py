@@ -15,6 +15,7 @@ from rich.table import Table
 from es_flipout.bench.contenders import STAGES, Contender
 from es_flipout.bench.timing import SideBySide, Spread
 
+Splits = Mapping[str, Mapping[str, float | None]]
 _STAGE_COLORS = ("#4477aa", "#ccbb44", "#ee6677", "#228833")
 
 
@@ -65,7 +66,7 @@ def dollars(rate: float, price_hour: float) -> float:
 def evaluate(
     contenders: Sequence[Contender],
     timings: SideBySide,
-    splits: Mapping[str, Mapping[str, float | None]],
+    splits: Splits,
     prices: Prices,
     cores: int,
 ) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from es_flipout.bench.timing import Measure, interleave, repeated, report
+from es_flipout.bench.timing import Measure, Record, interleave, measured_points, repeated
 from es_flipout.bench.ways import WAYS, Point, Way, measure, measure_wide, network_way, table
 from es_flipout.errors import UserError
 from es_flipout.kernels import Precision
@@ -77,7 +78,9 @@ class ForwardBench:
     wide_batch: int = 1024
     """Batch size of the wide layer."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the result to this file."""
+    """Write the result to this file, after every point."""
+    resume: bool = False
+    """Keep the points that this file already holds, and measure the others."""
 
 
 def run(options: ForwardBench, console: Console) -> dict[str, Any]:
@@ -85,23 +88,25 @@ def run(options: ForwardBench, console: Console) -> dict[str, Any]:
     ways = options.ways if options.ways is not None else WAYS if options.device == "cuda" else ()
     if ways:
         return _run_ways(options, ways, console)
+    record = Record("bench forward", asdict(options), ("forward", "memory"), options.json, options.resume)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         points: list[dict[str, Any]] = []
-        for width in options.widths:
-            for population in options.populations:
-                with console.status(f"width {width}, population {population}"):
-                    points.append(_measure_point(options, width, population))
+        for width, population in product(options.widths, options.populations):
+            with console.status(f"width {width}, population {population}"):
+                sizes = {"width": width, "population": population}
+                points.append(record.point("forward", sizes, partial(_measure_point, options, width, population)))
         console.print(_forward_table(options, points))
         memory: list[dict[str, Any]] = []
         if options.memory_members:
             with console.status("memory"):
-                memory = _measure_memory(options)
+                rows = _measure_memory(options)
+            memory = [record.point("memory", {"family": row["family"]}, lambda row=row: row) for row in rows]
             console.print(_memory_table(options, memory))
     finally:
         torch.set_num_threads(threads)
-    return report("bench forward", asdict(options), {"forward": points, "memory": memory}, options.json)
+    return record.write()
 
 
 def _run_ways(options: ForwardBench, ways: tuple[Way, ...], console: Console) -> dict[str, Any]:
@@ -117,22 +122,25 @@ def _run_ways(options: ForwardBench, ways: tuple[Way, ...], console: Console) ->
             raise UserError(f"needs {show_bytes(round(needed))}")
         return network_way(_vmap, point, way)
 
+    record = Record("bench forward", asdict(options), ("ways", "wide"), options.json, options.resume)
+    rounds, seconds = options.rounds, options.seconds_per_point
+
+    def measured(width: int, population: int, precision: Precision) -> dict[str, Any]:
+        return measure(ways, make, _ways_point(device, width, population, precision), rounds, seconds)
+
     points: list[dict[str, Any]] = []
-    for width in options.widths:
-        for population in options.populations:
-            for precision in options.precisions:
-                with console.status(f"width {width}, population {population}, {precision}"):
-                    sizes = {"width": width, "population": population}
-                    point = _ways_point(device, width, population, precision)
-                    points.append(measure(ways, make, sizes, point, options.rounds, options.seconds_per_point))
+    for width, population, precision in product(options.widths, options.populations, options.precisions):
+        with console.status(f"width {width}, population {population}, {precision}"):
+            sizes = {"width": width, "population": population, "precision": precision}
+            points.append(record.point("ways", sizes, partial(measured, **sizes)))
     console.print(table("Population forward ÷ plain inference of the unperturbed network, by implementation", points))
-    wide: list[dict[str, Any]] = []
     if options.wide:
         with console.status("wide layer"):
+            sizes = {"width": options.wide, "population": options.wide_batch}
             size = (options.wide, options.wide_batch)
-            wide = [measure_wide(device, *size, options.rounds, options.seconds_per_point)]
-        console.print(table("One wide layer ÷ the unperturbed layer", wide))
-    return report("bench forward", asdict(options), {"ways": points, "wide": wide}, options.json)
+            wide = record.point("wide", sizes, partial(measure_wide, device, *size, rounds, seconds))
+        console.print(table("One wide layer ÷ the unperturbed layer", [wide]))
+    return record.write()
 
 
 def _ways_point(device: torch.device, width: int, population: int, precision: Precision) -> Point:
@@ -158,8 +166,6 @@ def _measure_point(options: ForwardBench, width: int, population: int) -> dict[s
             measures[name] = repeated(forward, options.seconds_per_point)
     timings = interleave(measures, options.rounds)
     return {
-        "width": width,
-        "population": population,
         "seconds": {name: 1 / timings.rate(name).median for name in measures},
         "ratio": {name: asdict(timings.ratio(name, "plain")) for name in measures if name != "plain"},
         "left_out_bytes": left_out,
@@ -219,7 +225,7 @@ def _forward_table(options: ForwardBench, points: list[dict[str, Any]]) -> Table
     )
     for name in ("width", "population", "plain ms", *options.families):
         table.add_column(name, justify="right")
-    for point in points:
+    for point in measured_points(points):
         cells = [
             f"- ({show_bytes(point['left_out_bytes'][name])})"
             if name in point["left_out_bytes"]

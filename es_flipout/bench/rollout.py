@@ -22,6 +22,8 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,7 +39,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from es_flipout.bench.contenders import WrappedEnv
-from es_flipout.bench.timing import Measure, Measured, interleave, repeated, report, timed
+from es_flipout.bench.timing import Measure, Measured, Record, interleave, measured_points, repeated, timed
 from es_flipout.config import TrainConfig
 from es_flipout.envs import BatchEnv, make_env
 from es_flipout.envs.mujoco_contact import ContactForceBatch
@@ -77,7 +79,9 @@ class RolloutBench:
     gymnasium: bool = False
     """Also measure gymnasium.make_vec(..., "async")."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the result to this file."""
+    """Write the result to this file, after every point."""
+    resume: bool = False
+    """Keep the points that this file already holds, and measure the others."""
 
 
 def run(options: RolloutBench, console: Console) -> dict[str, Any]:
@@ -86,13 +90,14 @@ def run(options: RolloutBench, console: Console) -> dict[str, Any]:
     Raises:
         UserError: an environment is not a native MuJoCo environment, or ends episodes early.
     """
+    record = Record("bench rollout", asdict(options), ("rollout",), options.json, options.resume)
     results: list[dict[str, Any]] = []
-    for env_id in options.env_ids:
-        for population in options.populations:
-            with console.status(f"{env_id}, population {population}"):
-                results.append(_measure_point(options, env_id, population))
+    for env_id, population in product(options.env_ids, options.populations):
+        with console.status(f"{env_id}, population {population}"):
+            sizes = {"env_id": env_id, "population": population}
+            results.append(record.point("rollout", sizes, partial(_measure_point, options, env_id, population)))
     console.print(_table(results))
-    return report("bench rollout", asdict(options), {"rollout": results}, options.json)
+    return record.write()
 
 
 def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[str, Any]:
@@ -301,7 +306,7 @@ def _table(results: list[dict[str, Any]]) -> Table:
     table = Table(title="Environment steps per second", caption=_CAPTION)
     for name in ("environment", "population", "physics", "training", "ratio", "ratio with forces", "÷ gymnasium async"):
         table.add_column(name, justify="left" if name == "environment" else "right")
-    for point in results:
+    for point in measured_points(results):
         rates, ratios = point["steps_per_s"], point["training_to"]
         table.add_row(
             point["env_id"],

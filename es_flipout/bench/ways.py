@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from es_flipout.bench.timing import Measure, interleave, repeated_on
+from es_flipout.bench.timing import Measure, interleave, measured_points, reason, repeated_on
 from es_flipout.errors import UserError
 from es_flipout.kernels import MemberNoise, Precision, chosen
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
@@ -61,7 +61,6 @@ class Point:
 def measure(
     ways: Sequence[str],
     make: Callable[[Point, Any], Forward],
-    description: dict[str, Any],
     point: Point,
     rounds: int,
     seconds: float,
@@ -80,23 +79,17 @@ def measure(
                     forward = graphed(point.device, forward)
                 measures[way] = repeated_on(point.device, forward, seconds)
             except Exception as error:  # a compiler or a driver may raise anything; the other ways still count
-                left_out[way] = _reason(error)
+                left_out[way] = reason(error)
         timings = interleave(measures, rounds)
     reference = next((way for way in ("plain_compiled", "plain") if way in measures), None)
     others = [] if reference is None else [way for way in measures if way != reference]
     return {
-        **description,
         "precision": point.precision,
         "reference": reference,
         "seconds": {way: 1 / timings.rate(way).median for way in measures},
         "ratio": {way: asdict(timings.ratio(way, reference)) for way in others if reference is not None},
         "left_out": left_out,
     }
-
-
-def _reason(error: Exception) -> str:
-    said = " ".join(str(error).split())[:300]
-    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
 
 
 def network_way(vmap: Callable[[nn.Module, Tensor], Forward], point: Point, way: Way) -> Forward:
@@ -185,8 +178,7 @@ def measure_wide(device: torch.device, width: int, batch: int, rounds: int, seco
     def make(_: Point, way: WideWay) -> Forward:
         return _wide_way(way, x, weight)
 
-    sizes = {"width": width, "population": batch}
-    return measure(_WIDE_WAYS, make, sizes, point, rounds, seconds)
+    return measure(_WIDE_WAYS, make, point, rounds, seconds)
 
 
 def _wide_way(way: WideWay, x: Tensor, weight: Tensor) -> Forward:
@@ -228,13 +220,15 @@ def _wide_way(way: WideWay, x: Tensor, weight: Tensor) -> Forward:
 
 def table(title: str, points: Sequence[dict[str, Any]]) -> Table:
     """Return a table of ratios to plain inference, with one row per point."""
-    ways = list(dict.fromkeys(way for point in points for way in (*point["seconds"], *point["left_out"])))
+    ways = list(
+        dict.fromkeys(way for point in measured_points(points) for way in (*point["seconds"], *point["left_out"]))
+    )
     found = Table(
         title=title, caption="Rates ÷ the reference, median over rounds; - was skipped (the JSON gives the reason)."
     )
     for name in ("width", "population", "precision", "reference ms", *ways):
         found.add_column(name, justify="right")
-    for point in points:
+    for point in measured_points(points):
         reference = point["reference"]
         cells = [
             "1" if way == reference else f"{point['ratio'][way]['median']:.2f}" if way in point["ratio"] else "-"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from io import StringIO
@@ -30,7 +31,10 @@ def fake(rates: list[float], calls: list[str], name: str) -> Callable[[], Measur
 
 def test_interleaved_rounds_leave_the_warm_up_out() -> None:
     calls: list[str] = []
-    found = interleave({"a": fake([1, 10, 20], calls, "a"), "b": fake([2, 30, 40], calls, "b")}, rounds=2)
+    measures = {"a": fake([1, 10, 20], calls, "a"), "b": fake([2, 30, 40], calls, "b")}
+    counts: list[int] = []
+    found = interleave(measures, rounds=2, after_round=lambda found: counts.append(len(found.rates["b"])))
+    assert counts == [1, 2]
     assert calls == ["a", "b"] * 3
     assert found.rates == {"a": [10, 20], "b": [30, 40]}
 
@@ -68,6 +72,53 @@ def test_repeated_calls_at_least_once() -> None:
         now[0] += 60.0
 
     assert repeated(slow, seconds=0.1, clock=lambda: now[0])() == Measured(1, 60.0)
+
+
+@pytest.mark.parametrize("bench", ["forward", "ways", "rollout"])
+def test_every_point_is_on_disk_when_the_next_one_begins(
+    bench: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, begun = tmp_path / "points.json", []
+    common: dict[str, Any] = {"populations": (2, 4), "rounds": 1, "json": path}
+    if bench == "rollout":
+        options: Any = rollout.RolloutBench(env_ids=("HalfCheetah-v5",), **common)
+        module, function, run = rollout, "_measure_point", rollout.run
+    else:
+        chosen = ("plain",) if bench == "ways" else ()
+        options = forward.ForwardBench(
+            widths=(8,), ways=chosen, precisions=("ieee",), wide=0, memory_members=0, **common
+        )
+        module, function, run = forward, "measure" if bench == "ways" else "_measure_point", forward.run
+    whole = getattr(module, function)
+
+    def held() -> list[dict[str, Any]]:
+        return json.loads(path.read_text())["results"][bench] if path.exists() else []
+
+    def measure(*arguments: Any) -> dict[str, Any]:
+        begun.append(len(held()))
+        if fails and len(begun) == 2:
+            raise RuntimeError("the card fell off")
+        if bench != "rollout":
+            return whole(*arguments)
+        spread = {"median": 1.0, "min": 1.0, "max": 1.0}
+        return {"steps_per_s": {"physics": spread, "training": spread}, "training_to": {"physics": spread}}
+
+    monkeypatch.setattr(module, function, measure)
+    fails = True
+    with pytest.raises(RuntimeError, match="fell off"):
+        run(options, printed()[0])
+    first, failed = held()
+    assert (first["population"], failed["population"], failed["error"]) == (2, 4, "RuntimeError: the card fell off")
+    fails = False
+    resumed = run(dataclasses.replace(options, resume=True), printed()[0])["results"][bench]
+    assert (resumed, begun) == ([first, failed], [0, 1])
+    run(options, printed()[0])
+    assert begun == [0, 1, 2, 1]  # the old file is there until the first new point is
+    with pytest.raises(UserError, match="other options"):
+        run(dataclasses.replace(options, resume=True, rounds=2), printed()[0])
+    monkeypatch.setattr("es_flipout.bench.timing.environment", lambda: {"hardware": "another"})
+    with pytest.raises(UserError, match="another machine"):
+        run(dataclasses.replace(options, resume=True), printed()[0])
 
 
 def test_stored_bytes_counts_shared_memory_once() -> None:
@@ -180,7 +231,7 @@ def test_the_reference_is_compiled_for_its_shape_and_captured_like_the_rest(monk
     for population in (4, 8):
         point = forward._ways_point(torch.device("cpu"), 8, population, "ieee")
         point = ways.replace(point, device=torch.device("cuda"))
-        found = ways.measure(("plain_compiled", "plain", "plain_eager"), make, {}, point, 1, 0.001)
+        found = ways.measure(("plain_compiled", "plain", "plain_eager"), make, point, 1, 0.001)
         assert found["reference"] == "plain_compiled"
         options = {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
         assert events == [("reset", None), ("compile", options), ("graph", "cuda"), ("graph", "cuda")]
@@ -194,10 +245,10 @@ def test_a_way_that_fails_ends_nothing() -> None:
         return lambda: None
 
     point = forward._ways_point(torch.device("cpu"), 8, 4, "ieee")
-    found = ways.measure(("plain_compiled", "plain", "flipout", "dense"), make, {}, point, 1, 0.001)
+    found = ways.measure(("plain_compiled", "plain", "flipout", "dense"), make, point, 1, 0.001)
     assert found["left_out"] == {way: f"RuntimeError: no kernel for {way}" for way in ("plain_compiled", "flipout")}
     assert (found["reference"], set(found["ratio"])) == ("plain", {"dense"})
-    point = {"width": 8, "population": 4, **ways.measure(("flipout", "dense"), make, {}, point, 1, 0.001)}
+    point = {"width": 8, "population": 4, **ways.measure(("flipout", "dense"), make, point, 1, 0.001)}
     assert (point["reference"], point["ratio"], set(point["seconds"])) == (None, {}, {"dense"})
     ways.table("without a reference", [point])
 

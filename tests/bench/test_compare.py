@@ -121,8 +121,18 @@ def test_compare(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         seconds=0.0,
         out=tmp_path / "new",
     )
+    path, rounds_before = tmp_path / "new" / "CartPole-v1.json", []
+    split = Contender.split
+
+    def looking(contender: Contender) -> Any:
+        found = json.loads(path.read_text())["results"]["compare"]["contenders"][contender.name]
+        rounds_before.append(len(found["steps_per_s_by_round"]))
+        return split(contender)
+
+    monkeypatch.setattr(Contender, "split", looking)
     returned = compare.run(options, console)
-    written = json.loads((tmp_path / "new" / "CartPole-v1.json").read_text())
+    assert rounds_before == [2] * 5, "rates are on disk before the split of time is measured"
+    written = json.loads(path.read_text())
     assert set(written) == {"command", "options", "environment", "results"}
     assert (tmp_path / "new" / "CartPole-v1.png").read_bytes().startswith(b"\x89PNG")
     results = written["results"]["compare"]
