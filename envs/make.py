@@ -16,7 +16,7 @@ from es_flipout.envs.classic import CLASSIC_TASKS
 from es_flipout.envs.gymnasium_adapter import GymnasiumBatchEnv
 from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
 from es_flipout.envs.native import NativeBatchEnv, build_task
-from es_flipout.envs.observed import ObservedBatchEnv
+from es_flipout.envs.observed import observe
 from es_flipout.envs.torch_env import TorchBatchEnv
 
 NAMESPACE = "es_flipout/"
@@ -55,7 +55,7 @@ def make_env(
     """
     if observed is not None:
         whole = make_env(env_id, num_envs, device, threads=threads, vectorization_mode=vectorization_mode, **kwargs)
-        return ObservedBatchEnv(whole, observed)
+        return observe(whole, observed)
     env_id = env_id.removeprefix(NAMESPACE)
     if env_id in native_env_ids():
         return make_native_env(env_id, num_envs, device, threads=threads, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import gymnasium
 import numpy as np
@@ -95,6 +95,23 @@ class NativeBatchEnv(BatchEnv):
         self.num_envs = num_envs
         self.device = device
         self.max_episode_steps = time_limit(env_id, kwargs.get("max_episode_steps"))
+
+
+@runtime_checkable
+class SteppedInParts(Protocol):
+    """An environment whose step consists of parts that can be captured, around physics that cannot."""
+
+    def begin_step(self, action: Tensor, live: Tensor | None = None) -> None:
+        """Store the actions."""
+        ...
+
+    def run_physics(self) -> None:
+        """Run the part that cannot be captured."""
+        ...
+
+    def end_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the outcome of the step, as ``step`` does."""
+        ...
 
 
 def time_limit(env_id: str, max_episode_steps: object) -> int | None:

@@ -16,7 +16,7 @@ from gymnasium.wrappers import TransformObservation
 from torch import Tensor
 
 from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError
-from es_flipout.envs.native import NativeBatchEnv
+from es_flipout.envs.native import NativeBatchEnv, SteppedInParts
 
 
 class SelectObservation(TransformObservation):
@@ -94,6 +94,36 @@ class ObservedBatchEnv(BatchEnv):
     def close(self) -> None:
         """See :meth:`BatchEnv.close`."""
         self._env.close()
+
+
+class ObservedInParts(ObservedBatchEnv):
+    """The same for environments whose step consists of parts, so that a rollout can capture what is around physics."""
+
+    _env: SteppedInParts  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def begin_step(self, action: Tensor, live: Tensor | None = None) -> None:
+        """See :class:`es_flipout.envs.native.SteppedInParts`."""
+        self._env.begin_step(action, live)
+
+    def run_physics(self) -> None:
+        """See :class:`es_flipout.envs.native.SteppedInParts`."""
+        self._env.run_physics()
+
+    def end_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :class:`es_flipout.envs.native.SteppedInParts`."""
+        observation, *rest = self._env.end_step()
+        reward, terminated, truncated = rest
+        return observation[:, self._chosen], reward, terminated, truncated
+
+
+def observe(env: BatchEnv, observed: Sequence[int]) -> ObservedBatchEnv:
+    """Return ``env`` with only the entries ``observed`` of its observations, and with its parts if it has any.
+
+    Raises:
+        UnsupportedEnvironmentError: an entry does not exist.
+    """
+    kind = ObservedInParts if isinstance(env, SteppedInParts) else ObservedBatchEnv
+    return kind(env, observed)
 
 
 def _selected(env_id: str, space: gymnasium.Space, observed: list[int]) -> Box:

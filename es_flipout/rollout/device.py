@@ -27,12 +27,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import gymnasium
 import torch
 from torch import Tensor
 
+from es_flipout.envs.native import SteppedInParts
 from es_flipout.policies.agent import Agent
 from es_flipout.rollout.episodes import (
     NO_LIMIT,
@@ -97,23 +98,6 @@ class DeviceEnv(Protocol):
 
     def close(self) -> None:
         """See :meth:`es_flipout.envs.BatchEnv.close`."""
-        ...
-
-
-@runtime_checkable
-class SteppedInParts(Protocol):
-    """An environment whose step consists of parts that can be captured, around physics that cannot."""
-
-    def begin_step(self, action: Tensor, live: Tensor | None = None) -> None:
-        """Store the actions."""
-        ...
-
-    def run_physics(self) -> None:
-        """Run the part that cannot be captured."""
-        ...
-
-    def end_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the outcome of the step, as ``step`` does."""
         ...
 
 

@@ -17,7 +17,7 @@ import torch
 from es_flipout.config import TrainConfig
 from es_flipout.envs import BatchEnv, make_env
 from es_flipout.envs.make import NAMESPACE
-from es_flipout.envs.observed import ObservedBatchEnv
+from es_flipout.envs.observed import observe
 from es_flipout.errors import UserError
 from es_flipout.rollout.builder import backend_of, make_agent, make_strategy, row_block_of, slots_for
 from es_flipout.rollout.device import DeviceRollout
@@ -246,4 +246,4 @@ def _warp_env(config: TrainConfig, slots: int) -> BatchEnv:
         raise UserError(f"{config.task.env_id} on the GPU requires mujoco-warp: {needed} ({error})") from None
     task = config.task
     env = make_warp_env(task.env_id.removeprefix(NAMESPACE), slots, "cpu", **task.parsed_env_kwargs())
-    return env if task.observed is None else ObservedBatchEnv(env, task.observed)
+    return env if task.observed is None else observe(env, task.observed)

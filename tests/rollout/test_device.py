@@ -21,6 +21,7 @@ from populations import agent_of, population_of
 from torch import Tensor
 
 from es_flipout.envs import make_env
+from es_flipout.envs.observed import observe
 from es_flipout.envs.torch_env import TorchBatchEnv, TorchTask
 from es_flipout.errors import UserError
 from es_flipout.perturbations import Family, Flipout
@@ -277,6 +278,18 @@ def test_some_entries_of_the_observation() -> None:
     seeds = start_seeds(population, 1)
     expected = run(population, make(6), Episodes(seeds, moment_jobs=MOMENT_JOBS))
     assert same(play(DevicePlayer(agent_of(make(1)), make, 4), population, seeds), expected)
+
+
+def test_parts_of_the_step_stay_parts_behind_a_partial_observation() -> None:
+    """Otherwise the whole step, with its bookkeeping, would run outside of the graphs."""
+    population = population_of(MLP(2, 2, (4,), output_gain=1.0), Flipout(), 8)
+    seeds, rollouts = seeds_of(8, 1), []
+    for kind in (TorchBatchEnv, ChaosInParts):
+        player = DevicePlayer(agent_of(chaos(1)), lambda n, kind=kind: observe(chaos(n, kind=kind), (2, 0)), 3)
+        rollouts.append(play(player, population, seeds))
+        (rollout,) = player._rollouts.values()
+        assert (rollout._parts is not None) == (kind is ChaosInParts)
+    assert same(*rollouts)
 
 
 @pytest.mark.parametrize("asked", [0, 1, 3])
