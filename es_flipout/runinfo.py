@@ -8,7 +8,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("es-flipout", "torch", "numpy", "gymnasium", "mujoco", "mujoco-warp", "ray")
+_PACKAGES = (
+    "es-flipout", "torch", "triton", "numpy", "gymnasium", "mujoco", "mujoco-warp", "warp-lang", "ray",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -23,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str | int]:
-    """Return the processor, usable cores, memory, and the GPU if there is one."""
+    """Return the processor, usable cores, memory, and the GPU with its driver and CUDA version if there is one."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -32,6 +34,9 @@ def hardware() -> dict[str, str | int]:
         described["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
+        described["cuda"] = torch.version.cuda or "none"
+        if (driver := _driver()) is not None:
+            described["driver"] = driver
     return described
 
 
@@ -57,6 +62,21 @@ def commit() -> str | None:
 def environment() -> dict[str, object]:
     """Return the contents of ``environment.json``: versions, hardware and commit."""
     return {"versions": versions(), "hardware": hardware(), "commit": commit()}
+
+
+def _driver() -> str | None:
+    """Return the version of the NVIDIA driver."""
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.split("\n")[0].strip() or None
 
 
 def _cpu_name() -> str:
