@@ -17,8 +17,10 @@ COPY constraints.txt ./
 ARG TORCH_INDEX=
 RUN if [ -n "$TORCH_INDEX" ]; then export PIP_EXTRA_INDEX_URL="$TORCH_INDEX"; fi; pip install --constraint constraints.txt torch
 COPY . ./
-ARG EXTRAS=ray,gpu,pixels
+ARG EXTRAS=ray,gpu,pixels,test
 RUN pip install --constraint constraints.txt ".[$EXTRAS]"
+# What runs from a checkout: the scripts, and the tests with their settings.
+RUN mkdir /opt/checkout && mv pyproject.toml constraints.txt scripts tests /opt/checkout
 
 FROM debian:${DEBIAN}-slim
 # EGL renders without a display; Triton compiles the stubs of its kernels with gcc when it first starts them; Ray's cluster
@@ -30,10 +32,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && echo "PATH=/opt/venv/bin:\$PATH" > /etc/profile.d/es-flipout.sh \
     && useradd --create-home --shell /bin/bash --uid 1000 es \
-    && mkdir /home/es/runs \
-    && chown es:es /home/es/runs
+    && mkdir /home/es/runs /home/es/.cache \
+    && chown es:es /home/es/runs /home/es/.cache
 # The user's own, so that more packages can be added in a running container.
 COPY --from=build --chown=1000:1000 /opt/venv /opt/venv
+COPY --from=build --chown=1000:1000 /opt/checkout /opt/checkout
+# Compiled kernels of Triton, torch.compile and warp are all kept in /home/es/.cache.
+ENV TRITON_CACHE_DIR=/home/es/.cache/triton TORCHINDUCTOR_CACHE_DIR=/home/es/.cache/inductor
 # "graphics" lets NVIDIA's container toolkit bring the driver's EGL along.
 ENV PATH=/opt/venv/bin:$PATH MUJOCO_GL=egl NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics PYTHONUNBUFFERED=1
 USER 1000

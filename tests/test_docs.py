@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.checks.dockerfile import instructions
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LINKS = [(p, link) for p in PAGES for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", p.read_text(encoding="utf-8"))]
@@ -37,19 +39,28 @@ def test_cluster_file_fits_the_schema_of_the_installed_ray(monkeypatch: pytest.M
         util.validate_config(config | {"no_such_key": 1})
 
 
-def test_image_holds_what_a_wheel_is_built_from() -> None:
+def test_image_holds_what_a_wheel_is_built_from_and_what_checks_a_gpu() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = {line[1:] for line in ignored if line.startswith("!")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     needed = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "constraints.txt"}
     needed |= set(project["tool"]["setuptools"]["package-dir"].values())
-    assert allowed == needed
+    assert allowed == needed | {"scripts", "tests"}
     assert "*" in ignored
+    dockerfile = instructions((ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    stages = [number for number, (name, _) in enumerate(dockerfile) if name == "FROM"]
+    build, final = dockerfile[: stages[-1]], dockerfile[stages[-1] :]
+    kept = [rest for name, rest in build if name == "RUN" and "/opt/checkout" in rest]
+    assert len(kept) == 1
+    assert {"pyproject.toml", "scripts", "tests"} <= set(kept[0].split())
+    assert any(name == "COPY" and rest.endswith("/opt/checkout /opt/checkout") for name, rest in final)
+    # one volume is enough for everything that is compiled on the machine
+    caches = [rest for name, rest in final if name == "ENV" and "CACHE_DIR" in rest]
+    assert all(pair.partition("=")[2].startswith("/home/es/.cache/") for rest in caches for pair in rest.split())
+    assert {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} == {p.partition("=")[0] for c in caches for p in c.split()}
 
 
 def test_steps_of_the_dockerfile_are_read_as_they_are_written() -> None:
-    from scripts.checks.dockerfile import instructions
-
     text = 'ARG A=1\n# note\nFROM x AS build\nRUN a \\\n    # why\n    && b\n\nCMD ["c"]\n'
     read = [(name, " ".join(rest.split())) for name, rest in instructions(text)]
     assert read == [("ARG", "A=1"), ("FROM", "x AS build"), ("RUN", "a && b"), ("CMD", '["c"]')]
