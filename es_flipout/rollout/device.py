@@ -163,7 +163,8 @@ class DeviceRollout:
         self._job, self._elapsed = zeros(slots).fill_(jobs), zeros(slots)
         self._live = zeros(slots, dtype=torch.bool)
         self._return = zeros(slots, dtype=torch.float64)
-        observed, size = (slots if self.moment_jobs else 0), env.observation_space.shape[0]
+        # The first jobs are observed, and jobs are assigned in order: they are only played in the first slots.
+        observed, size = min(slots, self.moment_jobs), env.observation_space.shape[0]
         self._total, self._squares = zeros(2, observed, size, dtype=torch.float64).unbind()
         # Results; an additional last row receives writes that must be discarded.
         self._returns, self._lengths = zeros(jobs + 1, dtype=torch.float64), zeros(jobs + 1)
@@ -296,7 +297,8 @@ class DeviceRollout:
     def _act(self) -> None:
         """Compute the actions of all slots for the current observations."""
         if self.moment_jobs:
-            shown = torch.where(self._live[:, None], self._obs, 0)
+            observed = slice(len(self._total))
+            shown = torch.where(self._live[observed, None], self._obs[observed], 0)
             self._total += shown
             self._squares.addcmul_(shown, shown)
         output = self._rows(self._norm(self._obs), *(() if self._memory is None else (self._memory,)))
@@ -335,7 +337,7 @@ class DeviceRollout:
             self._ends.index_copy_(0, at, self._end)
             self._overs.index_copy_(0, at, self._over)
         if self.moment_jobs:
-            at = at.clamp(max=self.moment_jobs)
+            at = at[: len(self._total)].clamp(max=self.moment_jobs)
             self._totals.index_copy_(0, at, self._total)
             self._all_squares.index_copy_(0, at, self._squares)
         self._job.masked_fill_(~self._live, self.jobs)
@@ -352,7 +354,7 @@ class DeviceRollout:
         for counted in (self._elapsed, self._return):
             counted.masked_fill_(new, 0)
         for rows in (self._total, self._squares) if self.moment_jobs else ():
-            rows.masked_fill_(new[:, None], 0)
+            rows.masked_fill_(new[: len(rows), None], 0)
         if self._memory is not None:
             self._memory.masked_fill_(new[:, None], 0)
         self._next += new.sum()

@@ -183,7 +183,8 @@ class _Model:
         at = {name: line.at(members, slots) for name, line in self._lines.items()}
         jobs = members * config.task.episodes
         moments = 2 * _DOUBLE * self._obs_dim * min(jobs, MOMENT_JOBS) if config.policy.observation_norm else 0
-        sums = 2 * _DOUBLE * self._obs_dim * slots if config.policy.observation_norm else 0
+        observed = min(slots, MOMENT_JOBS) if self._on_gpu else slots
+        sums = 2 * _DOUBLE * self._obs_dim * observed if config.policy.observation_norm else 0
         numbers = [parameter.numel() for parameter in self.module.parameters()]
         parts = {
             "mean, gradient and optimizer": (2 + _OPTIMIZER_COPIES[config.strategy.optimizer]) * _FLOAT * sum(numbers),

@@ -197,6 +197,16 @@ def test_equals_the_rollout_on_the_host_to_the_bit(
         segments = Segments(found.ends.states, (segments.elapsed + found.lengths) * found.ends.running)
 
 
+@pytest.mark.parametrize(("slots", "rows"), [(3, 3), (4, 4), (12, 4)])
+def test_observations_are_summed_only_where_they_count(slots: int, rows: int) -> None:
+    """With more slots than observed jobs, these are in the first slots, and refills there are not observed."""
+    population, request = population_of(MLP(3, 2, (4,)), Flipout(), 20), Episodes(seeds_of(20, 1), moment_jobs=4)
+    player = player_of(lambda n: chaos(n), slots, steps=2)
+    assert same(player.play(population, request), run(population, chaos(5), request))
+    (rollout,) = player._rollouts.values()
+    assert rollout._total.shape == rollout._squares.shape == (rows, 3)
+
+
 def test_the_toy_ends_in_every_way() -> None:
     """Otherwise the comparison above would prove little."""
     population = population_of(MLP(3, 2, hidden=(4,), output_gain=1.0), Flipout(), 40)

@@ -59,6 +59,14 @@ def test_predicts_what_a_run_on_the_cpu_stores(env_id: str) -> None:
     trainer.player.close()
 
 
+def test_sums_over_observations_do_not_grow_with_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG.replace(device="cuda", physics="gpu", slots=1024)
+    all_slots = make_plan(config).parts["slots and queue"]
+    monkeypatch.setattr(plan_module, "MOMENT_JOBS", 100)
+    rows = (1024 - 100) + (2048 - 100)  # fewer slots and fewer jobs with two float64 sums of four numbers
+    assert all_slots - make_plan(config).parts["slots and queue"] == 2 * 8 * 4 * rows
+
+
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(plan_module, "free_bytes", lambda device: free)
 
