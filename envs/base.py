@@ -37,6 +37,7 @@ class BatchEnv(ABC):
         action_space: space of one slot: ``Box`` (continuous) or ``Discrete``.
         max_episode_steps: the time limit, at which episodes are truncated; ``None`` if the environment has none.
         alive_bonus: the part of the reward of every step that is given for being alive (0 if there is none).
+        terminates: whether an episode can end before the time limit (also true where that is not known).
         device: device of the tensors of :meth:`reset` and :meth:`step`.
         backend: ``"torch"``, ``"mujoco"``, ``"mujoco-warp"`` or ``"gymnasium"``.
         diverged: ``(S,)`` bool, slots whose last step gave a non-finite state (such a step terminates with reward 0).
@@ -49,6 +50,7 @@ class BatchEnv(ABC):
     action_space: gymnasium.spaces.Box | gymnasium.spaces.Discrete
     max_episode_steps: int | None
     alive_bonus: float
+    terminates: bool = True
     device: torch.device
     backend: str
     diverged: Tensor

@@ -111,6 +111,8 @@ class MujocoBatchEnv(NativeBatchEnv):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, observation_shape, np.float64)
         self.action_space = action_space(model)
         self.alive_bonus = task.alive_bonus()
+        before = task.before(np, self._model, self._fields)
+        self.terminates = task.outcome(np, self._model, self._fields, before, self._fields["ctrl"])[1] is not None
         self.backend = "mujoco"
         self.diverged = self._no_slot
 

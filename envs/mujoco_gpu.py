@@ -100,6 +100,8 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         self._reference = {name: view[:1].clone() for name, view in self._fields.items()}
         self._reference_observation = self._observe()[:1].clone()
         self._before = task.before(torch, self._model, self._fields).clone()
+        outcome = task.outcome(torch, self._model, self._fields, self._before, self._fields["ctrl"])
+        self.terminates = outcome[1] is not None
         observation_shape = self._reference_observation.shape[1:]
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, observation_shape, np.float32)
         self.action_space = action_space(model)

@@ -47,7 +47,8 @@ class ObservedBatchEnv(BatchEnv):
         self.env_id, self.kwargs, self.num_envs = env.env_id, env.kwargs, env.num_envs
         self.observation_space = _selected(env.env_id, env.observation_space, list(observed))
         self.action_space, self.max_episode_steps = env.action_space, env.max_episode_steps
-        self.alive_bonus, self.device, self.backend = env.alive_bonus, env.device, env.backend
+        self.alive_bonus, self.terminates = env.alive_bonus, env.terminates
+        self.device, self.backend = env.device, env.backend
 
     @property
     def diverged(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

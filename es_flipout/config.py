@@ -289,7 +289,7 @@ class Compute:
     overlap: bool | None = None
     """Overlap physics and policy by double buffering (CPU physics); None to do so if it is faster."""
     slots: int | None = None
-    """Environments stepped in parallel; None for one per episode, up to 1024."""
+    """Environments stepped in parallel; None for one per episode, up to 1024 (physics on a GPU: up to its memory)."""
     row_block: int | None = None
     """Rows per policy forward; None for one per slot, up to 1024 (fewer for wide layers)."""
 

@@ -18,7 +18,7 @@ from es_flipout.envs import UnsupportedEnvironmentError
 from es_flipout.errors import UserError
 from es_flipout.rollout.builder import Say, backend_of, build, slots_for
 from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes, start_seeds
-from es_flipout.rollout.plan import slots_that_fit
+from es_flipout.rollout.plan import device_slots
 
 _SECONDS = 1.5  # approximate duration of one measurement
 _TRIAL_STEPS = 16  # steps per episode in the trial that determines how many steps fill that time
@@ -75,10 +75,10 @@ def planned(config: TrainConfig) -> TrainConfig:
 
 
 def _with_slots(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with the slots that fit into GPU memory, if physics is on the GPU."""
+    """Return the configuration with its number of slots, if physics is on the GPU."""
     if config.compute.physics != "gpu" or config.compute.slots is not None:
         return config
-    return config.replace(slots=slots_that_fit(config))
+    return config.replace(slots=device_slots(config))
 
 
 def missing_cuda() -> str | None:

@@ -27,6 +27,8 @@ from es_flipout.rollout.memory import stored_bytes
 _SMALL_MEMBERS, _SMALL_SLOTS = 64, 32  # fewer slots than members, so that slots are refilled
 _USED_OF_FREE = 0.9  # the rest is for fragmentation, libraries and other processes
 _MOST_SLOTS = 1 << 16  # more do not speed up physics on a GPU
+# About as many slots keep a GPU busy, so that fewer steps, rather than fewer slots, shorten a generation.
+_BUSY_SLOTS = {"torch": _MOST_SLOTS, "mujoco": 1 << 13}
 _FLOAT, _DOUBLE = 4, 8
 _OPTIMIZER_COPIES = {"adam": 2, "sgd": 1, "clipup": 1}
 _DRAW_BYTES = 72  # temporary memory per random number: drawing one takes a few 64-bit words
@@ -74,7 +76,7 @@ def make_plan(config: TrainConfig) -> Plan:
         UserError: the run does not fit into memory, even with one slot.
     """
     model, compute = _Model(config), config.compute
-    slots = model.slots_that_fit() if compute.slots is None and compute.physics == "gpu" else slots_for(config)
+    slots = model.device_slots() if compute.slots is None and compute.physics == "gpu" else slots_for(config)
     row_block = row_block_of(config, model.module) or slots
     return Plan(
         env_id=config.task.env_id,
@@ -90,13 +92,32 @@ def make_plan(config: TrainConfig) -> Plan:
     )
 
 
-def slots_that_fit(config: TrainConfig) -> int:
-    """Return the largest number of slots, up to one per episode, that fits into the free memory of the device.
+def device_slots(config: TrainConfig) -> int:
+    """Return the number of slots for physics on a GPU, from the free memory of the device.
+
+    That is one per episode if they fit, and otherwise as many as play all episodes in equal turns. Where episodes can
+    end early, there are fewer slots than episodes, but enough to keep the GPU busy: a slot whose episode ends takes
+    the next one, while one without a next episode is stepped in vain until the longest episode ends
+    (results/occupancy_* shows the difference).
 
     Raises:
         UserError: not even one slot fits.
     """
-    return _Model(config).slots_that_fit()
+    return _Model(config).device_slots()
+
+
+def slots_in_turns(jobs: int, fits: int, busy: int | None) -> int:
+    """Return the slots that play ``jobs`` episodes in equal turns.
+
+    Args:
+        jobs: episodes.
+        fits: the largest possible number of slots.
+        busy: where episodes can end early, the number of slots below which turns are not worth it; otherwise None.
+    """
+    turns = -(-jobs // fits)
+    if busy is not None:
+        turns = max(turns, jobs // busy)
+    return -(-jobs // turns)
 
 
 def free_bytes(device: str) -> int | None:
@@ -134,6 +155,7 @@ class _Model:
 
     Attributes:
         module: the policy.
+        terminates: see :class:`es_flipout.envs.BatchEnv`.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -154,6 +176,7 @@ class _Model:
         try:
             agent = make_agent(config, env)
             self.module, self._obs_dim = agent.module, env.observation_space.shape[0]
+            self.terminates = env.terminates
             population = make_strategy(config, agent.module, self._device).ask()
             stored = stored_bytes(population)
             chosen = torch.arange(slots, device=population.device)
@@ -211,13 +234,18 @@ class _Model:
         widths = self._obs_dim + sum(p.shape[0] for p in self.module.parameters() if p.ndim > 1)
         return max(_DRAW_BYTES * drawn, _STEP_BYTES * widths * slots)
 
-    def slots_that_fit(self) -> int:
-        """See :func:`slots_that_fit`."""
+    def device_slots(self) -> int:
+        """See :func:`device_slots`."""
+        jobs = self._config.strategy.population_size * self._config.task.episodes
+        busy = _BUSY_SLOTS[backend_of(self._config)] if self.terminates else None
+        return slots_in_turns(jobs, self._slots_that_fit(min(jobs, _MOST_SLOTS)), busy)
+
+    def _slots_that_fit(self, most: int) -> int:
+        """Return the largest number of slots, up to ``most``, that fits into the free memory of the device."""
         population_size, task = self._config.strategy.population_size, self._config.task
-        jobs = min(population_size * task.episodes, _MOST_SLOTS)
         free = free_bytes(self._config.compute.device)
         if free is None:
-            return jobs
+            return most
         room = _USED_OF_FREE * free
 
         def total(slots: int) -> int:
@@ -228,7 +256,7 @@ class _Model:
                 f"{task.env_id} with {population_size} members needs {total(1) / 2**30:.1f} GiB even "
                 f"with one environment at a time, but only {free / 2**30:.1f} GiB are free; reduce --population-size"
             )
-        fits, too_many = 1, jobs + 1
+        fits, too_many = 1, most + 1
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
             if total(middle) <= room:

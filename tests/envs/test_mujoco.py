@@ -49,6 +49,21 @@ def test_variants_equal_gymnasium_to_the_bit(env_id: str, kwargs: dict) -> None:
     check_against_gymnasium(env, steps=40, action=lambda rng: random_action(env, rng))
 
 
+@pytest.mark.parametrize(
+    ("env_id", "kwargs", "expected"),
+    [
+        ("HalfCheetah-v5", {}, False),
+        ("HumanoidStandup-v5", {}, False),
+        ("Humanoid-v5", {}, True),
+        ("Walker2d-v5", {}, True),
+        ("Walker2d-v5", {"terminate_when_unhealthy": False}, False),
+    ],
+)
+def test_it_is_known_whether_episodes_can_end_early(env_id: str, kwargs: dict, expected: bool) -> None:
+    assert make_env(env_id, 2, **kwargs).terminates is expected
+    assert make_env(env_id, 2, observed=(0,), **kwargs).terminates is expected
+
+
 def test_time_limit() -> None:
     env = make_env("HalfCheetah-v5", 2, max_episode_steps=7)
     assert env.max_episode_steps == 7

@@ -133,7 +133,7 @@ def test_torch_computes_the_task_as_numpy_does(env_id: str) -> None:
 def test_describes_itself_as_the_cpu_does() -> None:
     env, other = make_warp_env("HalfCheetah-v5", 2, "cpu", max_episode_steps=2), make_env("HalfCheetah-v5", 2)
     assert (env.backend, env.max_episode_steps, env.kwargs) == ("mujoco-warp", 2, {"max_episode_steps": 2})
-    assert env.device == other.device
+    assert (env.device, env.terminates) == (other.device, other.terminates) == (torch.device("cpu"), False)
     assert env.action_space == other.action_space
     assert env.observation_space.shape == other.observation_space.shape
     assert env.observation_space.dtype == np.float32

@@ -36,7 +36,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[Placement, float]) -> 
 
     monkeypatch.setattr(placement, "missing_cuda", lambda: None)
     monkeypatch.setattr(placement, "measured", measure)
-    monkeypatch.setattr(placement, "slots_that_fit", lambda config: 7)
+    monkeypatch.setattr(placement, "device_slots", lambda config: 7)
     return asked
 
 

@@ -10,11 +10,12 @@ from toy_envs import lanes_of
 
 from es_flipout.cli import main
 from es_flipout.config import TrainConfig
+from es_flipout.envs import make_env
 from es_flipout.errors import UserError
 from es_flipout.rollout import plan as plan_module
 from es_flipout.rollout.memory import stored_bytes
 from es_flipout.rollout.placement import planned
-from es_flipout.rollout.plan import make_plan, slots_that_fit
+from es_flipout.rollout.plan import device_slots, make_plan, slots_in_turns
 from es_flipout.training.setup import make_trainer
 
 CONFIG = TrainConfig.of("CartPole-v1", population_size=2048, generations=1, hidden=(32, 16), row_block=512)
@@ -74,18 +75,47 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 def test_slots_are_the_most_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIG.replace(device="cuda", physics="gpu", population_size=16384, row_block=None)
     with_free(monkeypatch, 10**12)
-    assert slots_that_fit(config) == make_plan(config).slots == 16384
+    assert device_slots(config) == make_plan(config).slots == 16384
     room = make_plan(config.replace(slots=1000)).total / 0.9
     with_free(monkeypatch, round(room))
-    slots = slots_that_fit(config)
-    assert 990 <= slots <= 1000
+    slots = device_slots(config)
+    assert slots == 964  # at most 1000 fit, and 17 equal turns need no more
     assert make_plan(config.replace(slots=slots)).total <= 0.9 * room
+
+
+@pytest.mark.parametrize(
+    ("jobs", "fits", "busy", "slots"),
+    [
+        (100, 100, None, 100),
+        (100, 99, None, 50),  # rather than one slot in a second turn of its own
+        (100, 30, None, 25),
+        (101, 30, None, 26),
+        (100, 100, 40, 50),
+        (100, 100, 51, 100),
+        (100, 10, 40, 10),  # memory decides
+        (7, 9, 8, 7),
+    ],
+)
+def test_slots_play_equal_turns(jobs: int, fits: int, busy: int | None, slots: int) -> None:
+    assert slots_in_turns(jobs, fits, busy) == slots
+
+
+@pytest.mark.parametrize(("env_id", "slots"), [("Hopper-v5", 64), ("HalfCheetah-v5", 256), ("CartPole-v1", 256)])
+def test_where_episodes_can_end_there_are_fewer_slots(
+    env_id: str, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environments are those of the CPU, which have the same tasks and are created faster."""
+    monkeypatch.setattr(plan_module, "_BUSY_SLOTS", {"torch": 65536, "mujoco": 60})
+    monkeypatch.setattr(plan_module, "_warp_env", lambda config, slots: make_env(env_id, slots, threads=1))
+    with_free(monkeypatch, 10**12)
+    config = CONFIG.replace(env_id=env_id, population_size=256, device="cuda", physics="gpu")
+    assert device_slots(config) == slots
 
 
 def test_a_card_too_small_for_one_slot_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, 10**6)
     with pytest.raises(UserError, match=r"needs .* GiB even with one environment at a time.*reduce --population-size"):
-        slots_that_fit(CONFIG.replace(device="cuda", physics="gpu"))
+        device_slots(CONFIG.replace(device="cuda", physics="gpu"))
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
