@@ -6,7 +6,9 @@ expects a configuration whose ``device`` and ``physics`` are decided (see :mod:`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,8 @@ from es_flipout.strategy.row_block import row_block_for
 
 Say = Callable[[str], None]
 WrapEnv = Callable[[BatchEnv], BatchEnv]
+
+_SLOW_S = 3.0  # a step that takes longer is announced
 
 _MOST_SLOTS = {"torch": 4096, "mujoco": 1024, "gymnasium": 32}
 
@@ -77,7 +81,9 @@ def device_player(config: TrainConfig, device: torch.device, say: Say | None = N
     task = config.task
 
     def make(slots: int) -> DeviceEnv:
-        env = make_env(task.env_id, slots, device, observed=task.observed, **task.parsed_env_kwargs())
+        message = f"compiling the physics of {task.env_id} for the GPU; this takes up to a minute, once per machine"
+        with _announced_if_slow(say, message):
+            env = make_env(task.env_id, slots, device, observed=task.observed, **task.parsed_env_kwargs())
         assert isinstance(env, NativeBatchEnv | ObservedBatchEnv)
         return env
 
@@ -86,6 +92,17 @@ def device_player(config: TrainConfig, device: torch.device, say: Say | None = N
     agent = make_agent(config, env)
     env.close()
     return agent, DevicePlayer(agent, make, slots_for(config), say)
+
+
+@contextmanager
+def _announced_if_slow(say: Say | None, message: str) -> Iterator[None]:
+    """Say what happens if it takes long, while it lasts: compiled kernels are cached, so usually it does not."""
+    timer = threading.Timer(_SLOW_S, say if say is not None else str, (message,))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def make_agent(config: TrainConfig, env: BatchEnv) -> Agent:

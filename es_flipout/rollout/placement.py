@@ -60,7 +60,10 @@ def place(config: TrainConfig, say: Say | None = None) -> TrainConfig:
             raise UserError(f"physics gpu was requested, but {missing}; use --physics cpu")
         return Placement("cpu", "cpu").of(config)
     options = _options(config)
-    chosen = options[0] if len(options) == 1 else faster(options, lambda option: measured(option.of(config)), say)
+    if len(options) == 1:
+        chosen = options[0]
+    else:
+        chosen = faster(options, lambda option: measured(option.of(config), say=say), say)
     return _with_slots(chosen.of(config)) if compute.backend == "local" else chosen.of(config)
 
 
@@ -117,6 +120,7 @@ def faster(options: list[Placement], measure: Callable[[Placement], float], say:
 
     Raises:
         UserError: no option works.
+        Exception: an error on the CPU that is not the user's; on a GPU, any error is a reason to do without it.
     """
     rates: dict[Placement, float] = {}
     failed: list[str] = []
@@ -125,6 +129,10 @@ def faster(options: list[Placement], measure: Callable[[Placement], float], say:
             rates[option] = measure(option)
         except (UserError, UnsupportedEnvironmentError, torch.OutOfMemoryError) as error:
             failed.append(f"{option}: {' '.join(str(error).split())}")
+        except Exception as error:
+            if option.device == "cpu":
+                raise
+            failed.append(f"{option}: {_first_line(error)}")
     if not rates:
         raise UserError(f"no device can be used: {'; '.join(failed)}")
     best = max(rates, key=lambda option: rates[option])
@@ -136,14 +144,20 @@ def faster(options: list[Placement], measure: Callable[[Placement], float], say:
     return best
 
 
-def measured(config: TrainConfig, seconds: float = _SECONDS) -> float:
+def _first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message; the rest is advice for developers."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def measured(config: TrainConfig, seconds: float = _SECONDS, say: Say | None = None) -> float:
     """Measure the live environment steps per second of rollouts with this configuration, at the start of a run."""
     config = _with_slots(config)
     # Only as many members as play at a time: more would only take longer.
     per_source = 2 if config.strategy.antithetic else 1
     members = max(min(config.strategy.population_size, slots_for(config)) // per_source * per_source, 2)
     episodes = config.task.episodes if members == config.strategy.population_size else 1
-    _, strategy, player = build(config)
+    _, strategy, player = build(config, say)
     try:
         strategy.population_size = members  # the row block is still that of the run
         population = strategy.ask()

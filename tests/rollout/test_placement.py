@@ -1,6 +1,7 @@
 """Placement: what is requested and chosen, and that it does not change the results."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from es_flipout.cli import main
 from es_flipout.config import TrainConfig
 from es_flipout.envs import UnsupportedEnvironmentError
 from es_flipout.errors import UserError
-from es_flipout.rollout import placement
+from es_flipout.rollout import builder, placement
 from es_flipout.rollout.builder import make_lanes
 from es_flipout.rollout.episodes import Episodes
 from es_flipout.rollout.placement import Placement, faster, measured, missing_cuda, place
@@ -30,7 +31,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[Placement, float]) -> 
     """Pretend that there is a GPU and that measurements give ``rates``."""
     asked = []
 
-    def measure(config: TrainConfig) -> float:
+    def measure(config: TrainConfig, say: Any) -> float:
         asked.append(Placement(config.compute.device, config.compute.physics))
         return rates[asked[-1]]
 
@@ -124,6 +125,51 @@ def test_what_does_not_work_is_left_out() -> None:
 
     with pytest.raises(UserError, match="no device can be used: CPU: broken; GPU: broken"):
         faster([CPU, GPU], broken, said.append)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (RuntimeError("Failed to find C compiler.\nSpecify CC"), "RuntimeError: Failed to find C compiler."),
+        (RuntimeError("CUDA error: an illegal memory access\nCUDA kernel"), "RuntimeError: CUDA error: an illegal mem"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_any_fault_of_a_gpu_leaves_the_cpu(error: Exception, shown: str) -> None:
+    def measure(option: Placement) -> float:
+        if option.device == "cuda":
+            raise error
+        return 1.0
+
+    said: list[str] = []
+    assert faster([CPU, GPU], measure, said.append) == CPU
+    assert said[0].startswith(f"not possible on the GPU: {shown}")
+    assert "\n" not in said[0]
+
+    def bug(option: Placement) -> float:
+        raise error
+
+    with pytest.raises(type(error)):
+        faster([CPU, GPU], bug)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_long_compilation_is_announced(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, said = builder.make_env, []
+
+    def make_slowly(*arguments: Any, **options: Any) -> Any:
+        if slow:
+            while not said:
+                time.sleep(0.01)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(builder, "_SLOW_S", 0.02 if slow else 60.0)
+    config = CONFIG.replace(device="cpu")
+    one_env = builder.make_one_env(config)
+    monkeypatch.setattr(builder, "make_one_env", lambda config: one_env)
+    monkeypatch.setattr(builder, "make_env", make_slowly)
+    builder.device_player(config, torch.device("cpu"), said.append)
+    assert ["compiling the physics of CartPole-v1" in line for line in said] == [True] * slow
 
 
 def test_no_physics_for_the_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
