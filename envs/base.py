@@ -5,11 +5,18 @@ Letters: ``S`` slots (environments), ``O`` observation size, ``A`` action size.
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import gymnasium
 import torch
 from torch import Tensor
+
+# The standard library, installed packages, and this one: errors are described by the code that calls them.
+_OURS = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "es_flipout"))
+_NOT_THEIRS = (*_OURS, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 class UnsupportedEnvironmentError(ValueError):
@@ -18,6 +25,21 @@ class UnsupportedEnvironmentError(ValueError):
 
 class EnvironmentFailureError(RuntimeError):
     """The environment's own code raised an exception; the message names the environment and repeats the error."""
+
+
+def described(error: BaseException) -> str:
+    """Return one line about an exception of someone else's code: its type, message, and the file and line that raised it.
+
+    The place is the innermost one outside the standard library and installed packages, where there is one.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {message}"  # which names the file and line
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+    place = (theirs or frames)[-1:]
+    where = f" (File {place[0].filename}, line {place[0].lineno})" if place else ""
+    return f"{type(error).__name__}: {message}{where}" if message else f"{type(error).__name__}{where}"
 
 
 class BatchEnv(ABC):

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from es_flipout.envs.base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError
+from es_flipout.envs.base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError, described
 
 
 class Freezable(gymnasium.Wrapper):
@@ -80,8 +80,10 @@ class GymnasiumBatchEnv(BatchEnv):
             )
         except gymnasium.error.DependencyNotInstalled as error:
             raise UnsupportedEnvironmentError(f"{env_id} needs a package that is missing: {_line(error)}") from error
-        except Exception as error:
+        except gymnasium.error.Error as error:
             raise UnsupportedEnvironmentError(f"{env_id} cannot be created: {_line(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise UnsupportedEnvironmentError(f"{env_id} cannot be created: {described(error)}") from error
         self.env_id = env_id
         self.kwargs = dict(kwargs)
         self.num_envs = num_envs
@@ -152,8 +154,8 @@ class GymnasiumBatchEnv(BatchEnv):
         """Call a method of the vector environment; exceptions are re-raised with the name of the environment."""
         try:
             return getattr(self._envs, method)(*args, **kwargs)
-        except Exception as error:
-            raise EnvironmentFailureError(f"{self.env_id}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise EnvironmentFailureError(f"{self.env_id}: {described(error)}") from error
 
 
 def _prepare(env: gymnasium.Env) -> Freezable:

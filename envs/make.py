@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import torch
 
-from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError
+from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError, described
 from es_flipout.envs.classic import CLASSIC_TASKS
 from es_flipout.envs.gymnasium_adapter import GymnasiumBatchEnv
 from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
@@ -118,10 +120,7 @@ def _require_registered(env_id: str) -> None:
     """Raise unless ``env_id`` (``module:id`` to import a module first) is registered."""
     module, _, name = env_id.rpartition(":")
     if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise UnsupportedEnvironmentError(f"{env_id}: cannot import {module} ({error})") from error
+        _import(module, env_id)
     namespace = name.rpartition("/")[0]
     if namespace and not any(spec.namespace == namespace for spec in gymnasium.registry.values()):
         # Packages such as MinAtar define in their metadata how the ids of their namespace are registered.
@@ -129,6 +128,26 @@ def _require_registered(env_id: str) -> None:
             plugin.load()()
     if name not in gymnasium.registry:
         raise UnsupportedEnvironmentError(f"unknown environment {name!r}{_suggestion(name)}")
+
+
+def _import(module: str, env_id: str) -> None:
+    """Import the module of ``module:id``.
+
+    Raises:
+        UnsupportedEnvironmentError: there is no such module, or it raises while it is imported.
+    """
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UnsupportedEnvironmentError(f"{env_id}: {module} cannot be imported: {described(error)}") from error
+        here = str(Path.cwd())
+        first = f"the current folder ({here}), " if {"", here} & set(sys.path) else ""
+        raise UnsupportedEnvironmentError(
+            f"{env_id}: cannot import {module} ({error}); searched {first}PYTHONPATH and the installed packages"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise UnsupportedEnvironmentError(f"{env_id}: {module} cannot be imported: {described(error)}") from error
 
 
 def _suggestion(name: str) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import types
+import typing
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -142,4 +145,24 @@ def build_task(task_class: type[Task], env_id: str, kwargs: Mapping[str, Any]) -
     if unknown:
         choices = ", ".join([*known, "max_episode_steps"])
         raise UnsupportedEnvironmentError(f"{env_id}: unsupported keyword {unknown[0]!r}; supported: {choices}")
+    hints = typing.get_type_hints(task_class)
+    for name, value in options.items():
+        if not _fits(value, hints[name]):
+            wanted = _TYPE_NAMES.get(hints[name], str(hints[name]))
+            raise UnsupportedEnvironmentError(f"{env_id}: {name} must be {wanted}, got {value!r}")
     return task_class(**options)
+
+
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Return whether a value has the type of a field; JSON has lists in place of tuples."""
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        return isinstance(value, list | tuple) and len(value) == len(items) and all(map(_fits, value, items))
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, {float: numbers.Real, int: numbers.Integral}.get(hint, hint))

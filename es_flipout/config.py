@@ -18,16 +18,22 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 import es_flipout
+from es_flipout import schema
 from es_flipout.errors import UserError
 
 _NOT_ENV_KWARGS = frozenset({"env_id", "id", "num_envs", "threads", "device", "vectorization_mode", "observed"})
 
 
-def _check_choices(section: Any) -> None:
+def _check_values(section: Any) -> None:
+    """Check what follows from the type of a field alone: choices, and integers of 64 bits."""
     for name, hint in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
         if typing.get_origin(hint) is Literal:
-            choices, value = typing.get_args(hint), getattr(section, name)
+            choices = typing.get_args(hint)
             _require(value in choices, "policy" if name == "kind" else name, f"one of {', '.join(choices)}", value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int):
+                _require(abs(number) < 2**63, name, "less than 2**63", number)
 
 
 def _at_least_one(section: Any, *names: str) -> None:
@@ -85,7 +91,7 @@ class Task:
         Raises:
             UserError: a value is out of range; the message names the option and the allowed values.
         """
-        _check_choices(self)
+        _check_values(self)
         _at_least_one(self, "episodes")
         _at_least_one_or_none(self, "episode_cap", "horizon")
         if self.horizon is not None:
@@ -101,12 +107,17 @@ class Task:
         """Return ``env_kwargs`` as a dictionary."""
         try:
             parsed = json.loads(self.env_kwargs)
-        except json.JSONDecodeError as error:
-            raise UserError(f"env-kwargs must be a JSON object, got {self.env_kwargs!r} ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"env-kwargs must be a JSON object, got {self.env_kwargs[:80]!r} ({error})") from None
         _require(isinstance(parsed, dict), "env_kwargs", 'a JSON object such as {"healthy_reward": 2}', self.env_kwargs)
         for name in _NOT_ENV_KWARGS & parsed.keys():
             raise UserError(f"env-kwargs must be keyword arguments of gymnasium.make, which {name} is not")
         return parsed
+
+    @property
+    def module(self) -> str | None:
+        """The Python module that is imported before the environment is created (``module:Id-v0``); None if there is none."""
+        return self.env_id.rpartition(":")[0].removeprefix("es_flipout/") or None
 
     def episode_cap_at(self, progress: float, limit: int | None) -> int | None:
         """Return the cap on the steps of training episodes at a given progress, or None if there is none.
@@ -149,7 +160,7 @@ class Policy:
         Raises:
             UserError: a value is out of range; the message names the option and the allowed values.
         """
-        _check_choices(self)
+        _check_values(self)
         for name, kind in (("hidden", "recurrent"), ("channels", "convnet")):
             sizes = getattr(self, name)
             _require(all(size >= 1 for size in sizes), name, "sizes of at least 1", sizes)
@@ -197,7 +208,7 @@ class Strategy:
         Raises:
             UserError: a value is out of range; the message names the option and the allowed values.
         """
-        _check_choices(self)
+        _check_values(self)
         for name in ("sigma", "learning_rate"):
             value, final = getattr(self, name), getattr(self, f"{name}_final")
             _require(math.isfinite(value) and value > 0, name, "greater than 0", value)
@@ -244,6 +255,7 @@ class Schedule:
         Raises:
             UserError: a value is out of range; the message names the option and the allowed values.
         """
+        _check_values(self)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)
         _at_least_one_or_none(self, "generations", "env_steps")
         _at_least_one(self, "starts")
@@ -299,7 +311,7 @@ class Compute:
         Raises:
             UserError: a value is out of range; the message names the option and the allowed values.
         """
-        _check_choices(self)
+        _check_values(self)
         _at_least_one_or_none(self, "workers", "threads", "slots", "row_block")
         if self.worker_kind == "classic":
             _require(self.backend == "ray", "worker_kind", "engine unless the backend is ray", self.worker_kind)
@@ -327,6 +339,7 @@ class Logging:
         Raises:
             UserError: a value is out of range; the message names the option and the allowed values.
         """
+        _check_values(self)
         _at_least_one(self, *(field.name for field in dataclasses.fields(self)))
 
 
@@ -401,15 +414,15 @@ class TrainConfig:
         """
         version: object = None
         try:
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise TypeError("it is not a JSON object")
+            values = schema.load_object(text)
             version = values.pop("version", None)
-            _expect(values, cls.SUBJECTS, "")
+            schema.expect(values, cls.SUBJECTS)
             return cls(
-                **{subject: _from_dict(kind, values[subject], subject) for subject, kind in cls.SUBJECTS.items()}
+                **{subject: schema.build(kind, values[subject], subject) for subject, kind in cls.SUBJECTS.items()}
             )
-        except (json.JSONDecodeError, TypeError) as error:
+        except UserError:
+            raise
+        except schema.NOT_AS_EXPECTED as error:
             made_by = f" (es_flipout {version} wrote it)" if isinstance(version, str) else ""
             raise UserError(f"not a configuration of es_flipout {es_flipout.__version__}: {error}{made_by}") from None
 
@@ -436,37 +449,3 @@ def _by_subject(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         subject, field = PLACES[name]
         own.setdefault(subject, {})[field] = value
     return own
-
-
-def _expect(values: Mapping[str, object], wanted: Mapping[str, object], where: str) -> None:
-    if missing := [name for name in wanted if name not in values]:
-        raise TypeError(f"{where}it has no {', '.join(missing)}")
-    if unknown := [name for name in values if name not in wanted]:
-        raise TypeError(f"{where}it has an unknown {', '.join(unknown)}")
-
-
-def _from_dict(kind: type, values: object, subject: str) -> Any:
-    """Create the dataclass of a subject from parsed JSON, with type checks."""
-    if not isinstance(values, dict):
-        raise TypeError(f"{subject} is not a JSON object")
-    hints = typing.get_type_hints(kind)
-    _expect(values, hints, f"in {subject} ")
-    return kind(**{name: _typed(value, hints[name], f"{subject}.{name}") for name, value in values.items()})
-
-
-def _typed(value: Any, hint: Any, name: str) -> Any:
-    """Convert a JSON value to the type of its field: JSON has no tuples, and may write whole floats as integers."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        match typing.get_origin(option) or option:
-            case types.NoneType if value is None:
-                return None
-            case typing.Literal if isinstance(value, str):
-                return value  # checked by the dataclass, whose message names the choices
-            case builtin if builtin is tuple and isinstance(value, list):
-                return tuple(_typed(item, typing.get_args(option)[0], name) for item in value)
-            case builtin if builtin is float and isinstance(value, int | float) and not isinstance(value, bool):
-                return float(value)
-            case builtin if builtin in (bool, int, str) and type(value) is builtin:
-                return value
-    raise TypeError(f"{name} must not be {value!r}")

@@ -40,7 +40,7 @@ from es_flipout.envs.mujoco_cpu import usable_cores
 from es_flipout.errors import UserError
 from es_flipout.policies.observation_norm import ObservationNorm
 from es_flipout.rollout.builder import Parts, Say, build
-from es_flipout.training.run_directory import load_agent
+from es_flipout.training.run_directory import load_agent, read_config
 from es_flipout.training.setup import Build, make_trainer
 from es_flipout.training.trainer import Trainer
 
@@ -243,9 +243,10 @@ def _center(options: CompareBench) -> _Center:
     if options.run_dir is None:
         given = {name: getattr(options, name) for name in ("env_kwargs", "hidden", "sigma")}
         return _Center(TrainConfig.of(options.env_id, **given, **common))
-    agent, config = load_agent(options.run_dir)
+    config = read_config(options.run_dir, trust=True)  # the user named the environment, and nothing was imported yet
     if config.task.env_id != options.env_id:
         raise UserError(f"{options.run_dir} is a run of {config.task.env_id}, not of {options.env_id}")
+    agent, _ = load_agent(options.run_dir, trust=True)
     here: dict[str, Any] = {"backend": "local", "worker_kind": "engine", "workers": None, "physics": "auto"}
     norm = agent.norm.state_dict() if isinstance(agent.norm, ObservationNorm) else None
     return _Center(config.replace(**common, **here), agent.module.state_dict(), norm)

@@ -6,9 +6,11 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from es_flipout.errors import UserError
+from es_flipout.training.signals import Stopped, raise_stopped, stop_on_signals
 
 # Each command is the function ``run`` of the module of the same name.
 _COMMANDS = {
@@ -22,12 +24,36 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code (2 for user errors)."""
+    """Run a command and return the exit code: 2 for user errors, 128 plus the signal if one stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    with stop_on_signals(raise_stopped, at_the_end=argv is None):
+        try:
+            return _run(arguments)
+        except BrokenPipeError:  # the reader, such as head, closed the pipe
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            return 0
+        except KeyboardInterrupt as stop:
+            notes = "; ".join([str(stop) or "interrupted", *getattr(stop, "__notes__", ())])
+            print(notes, file=sys.stderr)
+            return 128 + stop.number if isinstance(stop, Stopped) else 130
+        except Exception as error:
+            line = _line(error)
+            if line is None:
+                raise
+            if with_traceback:
+                traceback.print_exception(error)
+            print(f"error: {' '.join(line.split())}", file=sys.stderr)
+            return 2
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: es-flipout COMMAND [options]; every command has --help\n")
         for name, summary in _COMMANDS.items():
             print(f"  {name:10} {summary}")
+        print("\n  --traceback, with any command, shows where an error was raised")
         return 0
     command, *rest = arguments
     if command == "--version":
@@ -35,31 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"es-flipout {es_flipout.__version__}")
         return 0
-    try:
-        if command not in _COMMANDS:
-            near = difflib.get_close_matches(command, _COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(_COMMANDS)}"
-            raise UserError(f"unknown command {command!r}: {hint}")
-        return importlib.import_module(f"es_flipout.cli.{command}").run(rest)
-    except BrokenPipeError:  # the reader, such as head, closed the pipe
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return 0
-    except (UserError, OSError) as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        # Environment errors are user errors too, but importing their classes up front would take seconds.
-        base = sys.modules.get("es_flipout.envs.base")
-        if base and isinstance(error, (base.UnsupportedEnvironmentError, base.EnvironmentFailureError)):
-            return _fail(error)
-        torch = sys.modules.get("torch")
-        if torch and isinstance(error, torch.OutOfMemoryError):
-            return _fail(UserError("the GPU has too little memory for this; es-flipout plan shows what a run needs"))
-        raise
+    if command not in _COMMANDS:
+        near = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(_COMMANDS)}"
+        raise UserError(f"unknown command {command!r}: {hint}")
+    return importlib.import_module(f"es_flipout.cli.{command}").run(rest)
 
 
-def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+def _line(error: Exception) -> str | None:
+    """Return the message of an error that the user can fix; None for any other error."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    # Environment errors are user errors too, but importing their classes up front would take seconds.
+    base = sys.modules.get("es_flipout.envs.base")
+    if base and isinstance(error, (base.UnsupportedEnvironmentError, base.EnvironmentFailureError)):
+        return str(error)
+    torch = sys.modules.get("torch")
+    if torch and isinstance(error, torch.OutOfMemoryError):
+        return "the GPU has too little memory for this; es-flipout plan shows what a run needs"
+    # PyTorch has no class of its own for a failed allocation on the CPU.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return "this machine has too little memory for this; es-flipout plan shows what a run needs"
+    return None

@@ -37,6 +37,8 @@ class EvaluateOptions:
     """Episodes to play."""
     which: Literal["best", "last"] = "best"
     """The mean policy with the best score of training, or the last one."""
+    trust: bool = False
+    """Allow the run to import the Python module of its environment."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -49,12 +51,14 @@ def run(arguments: Sequence[str]) -> int:
 
     import torch
 
+    from es_flipout.cli.session import find_modules_here
     from es_flipout.training.checkpoint import load_progress
     from es_flipout.training.evaluate import evaluate
     from es_flipout.training.run_directory import load_agent
 
     torch.set_num_threads(1)
-    agent, config = load_agent(options.run_dir, options.which)
+    find_modules_here()
+    agent, config = load_agent(options.run_dir, options.which, options.trust)
     progress = load_progress(options.run_dir / "checkpoints")
     generation = None
     if progress is not None:

@@ -26,10 +26,12 @@ def run(arguments: Sequence[str]) -> int:
     """Predict the memory and print it."""
     options = parse_with_preset(PlanOptions, arguments, "plan")
 
+    from es_flipout.cli.session import find_modules_here
     from es_flipout.rollout.memory import show_bytes
     from es_flipout.rollout.placement import planned
     from es_flipout.rollout.plan import make_plan
 
+    find_modules_here()
     plan = make_plan(planned(options.config))
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,13 +26,16 @@ class ResumeOptions:
     """Ray workers."""
     ray_address: str | None = None
     """Ray cluster to join."""
+    trust: bool = False
+    """Allow the run to import the Python module of its environment, and to join its Ray cluster."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Continue training to the end and score the policy."""
     options = parse(ResumeOptions, arguments, "resume")
 
-    from es_flipout.cli.session import build_for, train_to_the_end
+    from es_flipout.cli.session import build_for, find_modules_here, resume_command, starting_up, train_to_the_end
+    from es_flipout.training.lock import locked
     from es_flipout.training.metrics import TerminalReporter
     from es_flipout.training.run_directory import read_config
     from es_flipout.training.setup import resume_trainer
@@ -39,7 +43,11 @@ def run(arguments: Sequence[str]) -> int:
     console = Console(stderr=True)
     moved = {name: getattr(options, name) for name in ("backend", "workers", "ray_address")}
     changes = {name: value for name, value in moved.items() if value is not None}
-    config = read_config(options.run_dir).replace(**changes)
+    config = read_config(options.run_dir, options.trust).replace(**changes)
+    find_modules_here()
     reporter = TerminalReporter(console, config.task.env_id)
-    trainer = resume_trainer(options.run_dir, reporter, changes, build_for(config))
-    return train_to_the_end(trainer, options.run_dir, console)
+    with locked(options.run_dir):
+        with starting_up(f"continue with: {resume_command(config, options.run_dir)}"):
+            trainer = resume_trainer(options.run_dir, reporter, changes, build_for(config), options.trust)
+        with closing(trainer):
+            return train_to_the_end(trainer, options.run_dir, console)

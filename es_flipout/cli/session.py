@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -23,16 +28,35 @@ def build_for(config: TrainConfig) -> Build:
     return build_engine
 
 
+def find_modules_here() -> None:
+    """Let the environment of a user's own module be imported from the current folder, after all installed modules."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+@contextmanager
+def starting_up(advice: str) -> Iterator[None]:
+    """Add advice to the message of a signal that stops the command before training begins."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"training had not begun; {advice}")
+        raise
+
+
+def resume_command(config: TrainConfig, run_dir: Path) -> str:
+    """Return the command that continues a run of one's own."""
+    trust = "" if config.task.module is None else " --trust"
+    return f"es-flipout resume {shlex.quote(str(run_dir))}{trust}"
+
+
 def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
     """Train, score in the single Gymnasium environment, and print the run directory; return the exit code."""
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
+    trainer.train()
     if trainer.interrupted:
         at = trainer.progress
         print(f"stopped after generation {at.generation} ({at.env_steps:,} environment steps)")
-        print(f"continue with: es-flipout resume {run_dir}")
+        print(f"continue with: {resume_command(trainer.config, run_dir)}")
         return 0
     env_id, progress = trainer.config.task.env_id, trainer.progress
     generations: dict[Which, int | None] = {"best": progress.best_generation, "last": progress.generation}
@@ -44,7 +68,7 @@ def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
             with console.status(f"scoring the {which} policy in {env_id}, {episodes} episodes"):
                 played = evaluate(trainer.trained_agent(which), trainer.config, episodes)
         except KeyboardInterrupt:
-            print(f"stopped while scoring; score with: es-flipout resume {run_dir}")
+            print(f"stopped while scoring; score with: {resume_command(trainer.config, run_dir)}")
             return 0
         write_evaluation(run_dir, dataclasses.replace(played, which=which, generation=generation))
         print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,19 +30,23 @@ def run(arguments: Sequence[str]) -> int:
     options = parse_with_preset(TrainOptions, arguments, "train")
     config = options.config
 
-    from es_flipout.cli.session import build_for, train_to_the_end
+    from es_flipout.cli.session import build_for, find_modules_here, starting_up, train_to_the_end
+    from es_flipout.training.lock import locked
     from es_flipout.training.metrics import TerminalReporter
+    from es_flipout.training.run_directory import require_unused
     from es_flipout.training.setup import make_trainer
 
     run_dir = options.run_dir if options.run_dir is not None else _new_run_dir(config)
+    require_unused(run_dir)
+    find_modules_here()
     console = Console(stderr=True)
-    trainer = make_trainer(config, run_dir, TerminalReporter(console, config.task.env_id), build_for(config))
-    try:
-        trainer.create()
-    except BaseException:
-        trainer.close()
-        raise
-    return train_to_the_end(trainer, run_dir, console)
+    with starting_up("nothing was written"):
+        trainer = make_trainer(config, run_dir, TerminalReporter(console, config.task.env_id), build_for(config))
+    with closing(trainer):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with locked(run_dir):
+            trainer.create()
+            return train_to_the_end(trainer, run_dir, console)
 
 
 def _new_run_dir(config: TrainConfig) -> Path:

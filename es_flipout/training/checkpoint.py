@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import es_flipout
+from es_flipout import schema
 from es_flipout.errors import UserError
+
+_NUMBERED = re.compile(r"generation_[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,17 @@ class Progress:
     score: float | None
     best_score: float | None = None
     best_generation: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: a number is negative, or the best generation is later than the newest.
+        """
+        if not (self.generation >= 0 and self.env_steps >= 0 and 0 <= self.wall_s < math.inf):
+            raise ValueError("generation, env_steps and wall_s must not be negative")
+        if self.best_generation is not None and not 0 < self.best_generation <= self.generation:
+            raise ValueError("best_generation must be in [1, generation]")
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -107,7 +123,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress
 def checkpoints(folder: Path) -> list[Path]:
     """Return the JSON files of the complete checkpoints, oldest first."""
     found = (path for path in folder.glob("generation_*.json") if path.with_suffix(".safetensors").exists())
-    return sorted((path for path in found if _number(path).isdigit()), key=lambda path: int(_number(path)))
+    return sorted((path for path in found if _NUMBERED.fullmatch(path.stem)), key=lambda path: int(_number(path)))
 
 
 def _number(path: Path) -> str:
@@ -140,13 +156,20 @@ def load_progress(folder: Path) -> Progress | None:
 def _read_meta(path: Path) -> tuple[Progress, str]:
     """Read the JSON file of a checkpoint: the progress, and the SHA-256 of the tensors."""
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = schema.load_object(path.read_text(encoding="utf-8"))
         version, sha256 = meta.pop("version"), meta.pop("sha256")
+        if not (isinstance(version, str) and isinstance(sha256, str)):
+            raise TypeError("version and sha256 must be strings")
         if version != es_flipout.__version__:
             raise UserError(
                 f"{path} was written by es_flipout {version}, but this is {es_flipout.__version__}: "
                 f"install es-flipout=={version} to continue it bit for bit"
             )
-        return Progress(**meta), sha256
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        progress = schema.build(Progress, meta, "the checkpoint")
+        if str(progress.generation) != _number(path).lstrip("0").rjust(1, "0"):
+            raise ValueError(f"it is of generation {progress.generation}")
+        return progress, sha256
+    except UserError:
+        raise
+    except (KeyError, *schema.NOT_AS_EXPECTED) as error:
         raise UserError(f"{path} is damaged ({error}); remove it to continue from the previous checkpoint") from None

@@ -14,7 +14,7 @@ from gymnasium.wrappers import FlattenObservation
 from torch import Tensor
 
 from es_flipout.config import TrainConfig
-from es_flipout.envs.base import EnvironmentFailureError
+from es_flipout.envs.base import EnvironmentFailureError, described
 from es_flipout.envs.make import NAMESPACE
 from es_flipout.envs.observed import SelectObservation
 from es_flipout.policies.agent import Agent
@@ -108,8 +108,8 @@ def evaluate(
                 ended = terminated or truncated
             if on_episode is not None:
                 on_episode(episode + 1)
-    except Exception as error:
-        raise EnvironmentFailureError(f"{task.env_id} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise EnvironmentFailureError(f"{task.env_id} failed: {described(error)}") from error
     finally:
         env.close()
     return Evaluation(

@@ -20,11 +20,34 @@ from es_flipout.rollout.builder import make_agent, make_one_env
 from es_flipout.runinfo import environment
 from es_flipout.training.checkpoint import atomic_write, load_tensors, save_tensors
 from es_flipout.training.evaluate import Evaluation
+from es_flipout.training.lock import LOCK
 
 _CONFIG, _ENVIRONMENT, _EVALUATION = "config.json", "environment.json", "evaluation.json"
 
 Which = Literal["best", "last"]
 _POLICIES: dict[Which, str] = {"best": "best.safetensors", "last": "policy.safetensors"}
+
+
+def require_unused(run_dir: Path) -> None:
+    """Check that a run directory does not exist or is empty, except for what a run leaves that was killed at its start.
+
+    Raises:
+        UserError: it is in use.
+    """
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise UserError(f"run directory {run_dir} exists: choose another with --run-dir")
+    left = {path.name for path in run_dir.iterdir()} - {LOCK, f".{_CONFIG}.tmp", f".{_ENVIRONMENT}.tmp", _ENVIRONMENT}
+    if _CONFIG in left:
+        raise UserError(
+            f"run directory {run_dir} exists: choose another with --run-dir, or continue it with "
+            f"`es-flipout resume {run_dir}`"
+        )
+    if left:
+        raise UserError(
+            f"run directory {run_dir} exists: choose another with --run-dir; it contains no run to continue"
+        )
 
 
 def create(run_dir: Path, config: TrainConfig) -> None:
@@ -33,22 +56,22 @@ def create(run_dir: Path, config: TrainConfig) -> None:
     Raises:
         UserError: the directory exists and is not empty.
     """
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(
-            f"run directory {run_dir} exists: choose another with --run-dir, or continue it with "
-            f"`es-flipout resume {run_dir}`"
-        )
+    require_unused(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(run_dir / _CONFIG, config.to_json())
     atomic_write(run_dir / _ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    atomic_write(run_dir / _CONFIG, config.to_json())  # last: with it, the run can be resumed
 
 
-def read_config(run_dir: Path) -> TrainConfig:
+def read_config(run_dir: Path, trust: bool = False) -> TrainConfig:
     """Read the configuration of a run directory.
+
+    Args:
+        run_dir: its directory.
+        trust: whether the Python module that the configuration names, if it does (``module:Id-v0``), may be imported.
 
     Raises:
         UserError: the directory is missing, contains no run, or was written by a version with another configuration
-            format.
+            format; or it names a module and is not trusted.
     """
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
@@ -56,7 +79,7 @@ def read_config(run_dir: Path) -> TrainConfig:
     if not path.exists():
         raise UserError(f"{run_dir} is not a run directory: it has no {_CONFIG}")
     try:
-        return TrainConfig.from_json(path.read_text(encoding="utf-8"))
+        config = TrainConfig.from_json(path.read_text(encoding="utf-8"))
     except (UserError, UnicodeDecodeError) as error:
         version = _version_of(run_dir)
         if version not in (None, es_flipout.__version__):
@@ -65,6 +88,12 @@ def read_config(run_dir: Path) -> TrainConfig:
                 f"({es_flipout.__version__}): install es-flipout=={version} to use it"
             ) from None
         raise UserError(f"{path}: {error}") from None
+    if config.task.module is not None and not trust:
+        raise UserError(
+            f"{run_dir} is a run of {config.task.env_id}: using it imports, and so executes, the Python module "
+            f"{config.task.module}; if you trust this run, use --trust (in Python, trust=True)"
+        )
+    return config
 
 
 def _version_of(run_dir: Path) -> str | None:
@@ -81,18 +110,19 @@ def save_policy(run_dir: Path, tensors: Mapping[str, Tensor], which: Which) -> N
     save_tensors(run_dir / _POLICIES[which], dict(tensors))
 
 
-def load_agent(run_dir: Path, which: Which = "best") -> tuple[Agent, TrainConfig]:
+def load_agent(run_dir: Path, which: Which = "best", trust: bool = False) -> tuple[Agent, TrainConfig]:
     """Load a trained agent of a run directory, and the configuration of the run.
 
     Args:
         run_dir: its directory.
         which: the mean policy with the best score of training, or the last one. A run that was not scored yet has only
             the last one.
+        trust: see :func:`read_config`.
 
     Raises:
-        UserError: the directory is missing or incomplete.
+        UserError: the directory is missing or incomplete, or is not trusted.
     """
-    config = read_config(run_dir)
+    config = read_config(run_dir, trust)
     env = make_one_env(config)
     agent = make_agent(config, env)
     env.close()

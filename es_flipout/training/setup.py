@@ -13,7 +13,7 @@ from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
 from es_flipout.rollout.builder import Parts, Say, backend_of, build
 from es_flipout.rollout.placement import place
-from es_flipout.training.checkpoint import load_checkpoint
+from es_flipout.training.checkpoint import checkpoints, load_checkpoint
 from es_flipout.training.metrics import Reporter, Silent
 from es_flipout.training.run_directory import read_config
 from es_flipout.training.trainer import Trainer
@@ -68,6 +68,7 @@ def resume_trainer(
     reporter: Reporter | None = None,
     changes: Mapping[str, Any] | None = None,
     build: Build = build_engine,
+    trust: bool = False,
 ) -> Trainer:
     """Restore the run in ``run_dir`` from its newest checkpoint.
 
@@ -76,13 +77,31 @@ def resume_trainer(
         reporter: shows progress and messages.
         changes: options, by flat name, that select where to compute; they must not affect results.
         build: see :func:`make_trainer`.
+        trust: whether the module and the Ray cluster that the run names may be used: both can execute code here.
 
     Raises:
-        UserError: the directory is missing or incomplete, or was written by another version.
+        UserError: the directory is missing or incomplete, was written by another version, or is not trusted.
     """
-    config = read_config(run_dir).replace(**(changes or {}))
-    tensors, progress = load_checkpoint(run_dir / "checkpoints")
+    changes = changes or {}
+    config = read_config(run_dir, trust).replace(**changes)
+    compute = config.compute
+    if (
+        compute.backend == "ray"
+        and compute.ray_address not in (None, "auto")
+        and "ray_address" not in changes
+        and not trust
+    ):
+        raise UserError(
+            f"{run_dir} was trained on the Ray cluster at {compute.ray_address}, and a Ray cluster can execute code on "
+            "every machine that joins it: name the cluster with --ray-address, or use --trust (in Python, trust=True)"
+        )
+    # A run that died before its first checkpoint starts from its configuration, which determines everything.
+    untouched = not (run_dir / "metrics.csv").exists() and not checkpoints(run_dir / "checkpoints")
+    saved = None if untouched else load_checkpoint(run_dir / "checkpoints")
     trainer = make_trainer(config, run_dir, reporter, build)
-    trainer.load(tensors, progress)
+    if saved is None:
+        trainer.save()
+        return trainer
+    trainer.load(*saved)
     trainer.save_policies()  # the run may have died between writing checkpoint and policy
     return trainer

@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM, which stop a run in an orderly way."""
+"""Handling of the signals that ask a process to end: Ctrl-C, SIGTERM (a scheduler), SIGHUP (a closed terminal)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,65 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # SIGHUP does not exist on Windows
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end.
+
+    Attributes:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class _Handler:
+    """Calls ``stop`` at the first signal. Later ones have nothing to add while files are being saved, except Ctrl-C."""
+
+    def __init__(self, stop: Callable[[int], None]) -> None:
+        self._stop = stop
+        self.signalled = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self.signalled:
+            self.signalled = True
+            self._stop(number)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
 
 @contextmanager
-def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call ``stop`` on the first Ctrl-C or SIGTERM (main thread only); a second one has its usual effect."""
+def stop_on_signals(stop: Callable[[int], None], at_the_end: bool = False) -> Iterator[None]:
+    """Call ``stop`` at the first signal that asks the process to end (main thread only).
+
+    After that, SIGTERM and SIGHUP are ignored and Ctrl-C raises KeyboardInterrupt. Signals that were ignored before, as
+    ``nohup`` does, stay so.
+
+    Args:
+        stop: called with the number of the signal.
+        at_the_end: the process ends after this context: ignore further signals instead of restoring handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def handle(number: int, frame: object) -> None:
-        signal.signal(number, previous[signal.Signals(number)])
-        stop()
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handler = _Handler(stop)
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    previous = {number: before for number, before in previous.items() if before not in (signal.SIG_IGN, None)}
     for number in previous:
-        signal.signal(number, handle)
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            if isinstance(before, _Handler):
+                before.signalled |= handler.signalled
+            signal.signal(number, signal.SIG_IGN if at_the_end else before)
+
+
+def raise_stopped(number: int) -> None:
+    """Raise :class:`Stopped`."""
+    raise Stopped(number)

@@ -83,7 +83,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end of the run or until interrupted, and save everything."""
         log = None if self.run_dir is None else MetricsLog(self.run_dir, self.progress.generation)
-        with stop_on_signals(self.interrupt), self.reporter:
+        with stop_on_signals(lambda _: self.interrupt()), self.reporter:
             try:
                 while not (self.finished or self.interrupted):
                     started = time.perf_counter()

@@ -3,17 +3,16 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import pytest
 import torch
+from command_line import ROOT, SMALL, run, the_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import es_flipout
@@ -25,85 +24,7 @@ from es_flipout.training.checkpoint import atomic_write, checkpoints, load_check
 from es_flipout.training.metrics import COLUMNS
 from es_flipout.training.run_directory import load_agent
 
-ROOT = Path(__file__).parents[2]
 EVALUATION = {"env_id", "episodes", "mean_return", "std_return", "median_return", "versions"}
-SMALL = [
-    *("--population-size", "4", "--generations", "3", "--hidden", "4", "--checkpoint-every", "2"),
-    *("--score-episodes", "2", "--evaluation-episodes", "3"),
-]
-
-# Environments as written by a user; `train oddities:NAME` imports the module, as gymnasium.make does.
-ODDITIES = """
-import gymnasium, numpy as np
-from gymnasium.spaces import Box, Discrete, MultiDiscrete, Sequence, Tuple
-
-class Odd(gymnasium.Env):
-    steps = 0
-
-    def __init__(self, action=None, observation=None, nan=2.0, fail_at=None, init=None):
-        if init:
-            raise RuntimeError(init)
-        self.action_space = action or Box(-1, 1, (1,), np.float32)
-        self.observation_space = observation or Box(-1, 1, (1,), np.float32)
-        self.nan, self.fail_at = nan, fail_at
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):
-        self.t += 1
-        Odd.steps += 1
-        if Odd.steps == self.fail_at:
-            raise RuntimeError("the gearbox\\nfell off")
-        reward = float("nan") if action[0] > self.nan else float(np.sum(action))
-        return np.zeros(1, np.float32), reward, self.t == 3, False, {}
-
-for name, kwargs in {
-    "MultiDiscrete": {"action": MultiDiscrete([2, 3])},
-    "TupleAction": {"action": Tuple((Discrete(2), Discrete(3)))},
-    "SequenceObservation": {"observation": Sequence(Discrete(3))},
-    "Unmakeable": {"init": "no license\\nfound"},
-    "Raising": {"fail_at": 30},
-    "Nan": {"nan": 0.0},
-    "NanAlways": {"nan": -2.0},
-}.items():
-    gymnasium.register(f"{name}-v0", Odd, kwargs=kwargs)
-"""
-
-
-def run(*args: str | Path, cwd: Path, file_size: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a real process; with ``file_size``, files cannot grow beyond it."""
-
-    def limit() -> None:
-        if file_size is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-
-    return subprocess.run(
-        [sys.executable, "-m", "es_flipout", *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(cwd)))},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        preexec_fn=limit,
-    )
-
-
-def the_line(code: int, out: str, err: str) -> str:
-    """Return the one line on stderr of a command that failed with a user error."""
-    assert "Traceback" not in err, err
-    assert code == 2, (code, out, err)
-    assert out == ""
-    assert err.endswith("\n")
-    # On a busy machine, the run may have reported progress before.
-    err = re.sub(r"^ *\d+%.*\n", "", err, flags=re.MULTILINE)
-    assert err.count("\n") == 1, err
-    assert err.startswith("error: ")
-    assert not re.search("[│╭╰─]|---", err), "the line contains the frame of a box"
-    return err.strip()
 
 
 def strictly(text: str) -> dict[str, Any]:
@@ -113,30 +34,6 @@ def strictly(text: str) -> dict[str, Any]:
         raise AssertionError(f"{constant} is not valid JSON")
 
     return json.loads(text, parse_constant=refuse)
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Return a function that runs the command line in this process and returns its one-line message."""
-
-    def call(*args: str | Path) -> str:
-        code = cli.main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return the_line(code, captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture
-def oddities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Create a folder with the module ``oddities``, importable here and by :func:`run` with ``cwd`` set to it."""
-    (tmp_path / "oddities.py").write_text(ODDITIES, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    before = set(gymnasium.registry)
-    yield tmp_path
-    sys.modules.pop("oddities", None)
-    for name in set(gymnasium.registry) - before:
-        gymnasium.registry.pop(name)
 
 
 @pytest.fixture(scope="module")
