@@ -102,12 +102,13 @@ class _AllRows(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], function: Callable[..., Any], token: Tensor, *inputs: Tensor | None
     ) -> tuple[Any, Any]:
         """Move the rows of all inputs to the first dimension; inputs that all members share are expanded."""
-        rows = [_rows_first(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims[2:], strict=True)]
+        rows = [rows_first(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims[2:], strict=True)]
         output = function(*rows)
         return output, tuple(0 for _ in output) if isinstance(output, tuple) else 0
 
 
-def _rows_first(x: Tensor | None, dim: int | None, rows: int) -> Tensor | None:
+def rows_first(x: Tensor | None, dim: int | None, rows: int) -> Tensor | None:
+    """Move the dimension of the rows to the front; a tensor that all rows share (no dimension) is expanded."""
     if x is None:
         return None
     return x.expand(rows, *x.shape) if dim is None else x.movedim(dim, 0)

@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
 from es_flipout.errors import UserError
-from es_flipout.layers import Conversion, Weight
+from es_flipout.layers import BatchedAttention, Conversion, Weight
 from es_flipout.perturbations import Perturbation
 from es_flipout.strategy.row_block import in_blocks, padded, tensors_in
 
@@ -117,7 +117,8 @@ def _member_by_member(conversion: Conversion, block: _Block, inputs: tuple[Any, 
     try:
         token = torch.empty(block.size, device="meta")
         in_dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, inputs)
-        return vmap(forward, in_dims=(0, 0, in_dims), randomness="different")(bare, token, inputs)
+        with BatchedAttention():
+            return vmap(forward, in_dims=(0, 0, in_dims), randomness="different")(bare, token, inputs)
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise

@@ -259,6 +259,43 @@ def test_masks_of_attention(family: Family) -> None:
     check(Masked(), family, (2, 3, 4), padding)
 
 
+SHARED = torch.arange(15, dtype=torch.float64).view(3, 5).sin()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (((3, 4), (5, 4), (5, 6)), {}),
+        (((2, 3, 4), (2, 5, 4), (2, 5, 6)), {"attn_mask": SHARED}),
+        (((2, 4, 5, 4), (2, 4, 5, 4), (2, 4, 5, 4)), {"is_causal": True, "scale": 0.3}),
+        (((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)), {"enable_gqa": True, "attn_mask": SHARED > 0}),
+        (((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 4)), {"attn_mask": torch.stack([SHARED, -SHARED])[:, None]}),
+        (((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 4)), {"attn_mask": torch.stack([SHARED, -SHARED, SHARED, SHARED])}),
+        (((6, 2, 4, 3, 4), (1, 2, 4, 5, 4), (6, 1, 4, 5, 4)), {}),
+    ],
+    ids=["plain", "heads", "causal", "grouped", "mask-per-example", "mask-per-head", "broadcast"],
+)
+@pytest.mark.parametrize("own_mask", [False, True])
+def test_attention_of_own_code_is_one_call(
+    shapes: tuple[tuple[int, ...], ...], options: dict[str, Any], own_mask: bool
+) -> None:
+    """Keys that all members share, and masks of each member; vmap's loop over the members would warn (an error here)."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Linear(4, 4)
+            self.keys = nn.Buffer(torch.randn(*shapes[1], dtype=torch.float64))
+
+        def forward(self, query: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+            own = {"attn_mask": allowed} if own_mask and not options.get("is_causal") else {}
+            return F.scaled_dot_product_attention(self.query(query), self.keys, value, **{**options, **own})
+
+    shown = SHARED > -0.9
+    allowed = torch.stack([shown.roll(n, 1) for n in range(P)])
+    check(Attends(), Flipout(), shapes[0], shapes[2], allowed)
+
+
 def test_recurrent_layer_has_one_weight_sample_for_the_sequence(family: Family) -> None:
     """The outputs are the same whether the sequence is fed step by step or at once."""
     population = double_population(nn.LSTM(3, 4), family)
