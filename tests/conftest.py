@@ -66,7 +66,7 @@ def connection() -> Iterator[Connection]:
     """One connection for all tests that need Ray, because starting it takes seconds."""
     # Workers must find the package under test, even if it is not installed from here.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    made = Connection(cores=4)
+    made = Connection(cores=4, gpus=2)  # GPUs that do not exist: Ray only counts them
     yield made
     made.close()
 

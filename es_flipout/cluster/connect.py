@@ -39,12 +39,13 @@ class Connection:
         gpus: number of GPUs of all nodes.
     """
 
-    def __init__(self, address: str | None = None, cores: int | None = None) -> None:
+    def __init__(self, address: str | None = None, cores: int | None = None, gpus: int | None = None) -> None:
         """Join the cluster at ``address`` or start Ray on this machine, unless this process is already connected.
 
         Args:
             address: ``host:port``, ``ray://host:port`` or ``auto`` (the cluster this machine belongs to).
             cores: number of cores if Ray is started here; by default all usable cores.
+            gpus: number of GPUs if Ray is started here; by default those of this machine.
 
         Raises:
             UserError: Ray is not installed, the address does not answer, or the cluster runs other versions.
@@ -58,6 +59,7 @@ class Connection:
             if address is None:
                 ray.init(
                     num_cpus=cores or usable_cores(),
+                    num_gpus=gpus,
                     include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     **quiet,

@@ -15,7 +15,7 @@ from es_flipout.rollout.episodes import RolloutInterrupted, ShouldStop
 
 Chunk = TypeVar("Chunk")
 
-_START_S = 120.0  # time limit for a worker to import torch and build its environments
+START_S = 120.0  # time limit for a worker to import torch and build its environments
 _LOOK_S = 0.2  # interval between calls of the caller's should_stop
 _QUEUED = 2  # chunks assigned to a worker at a time, so that it does not wait for the next one
 _MOST_LOSSES = 3  # give up after this many workers died of one chunk
@@ -42,7 +42,7 @@ class Pool:
         active: number of workers that are given chunks; None for all.
     """
 
-    def __init__(self, connection: Connection, make: Callable[[], Any], count: int, start_s: float = _START_S) -> None:
+    def __init__(self, connection: Connection, make: Callable[[], Any], count: int, start_s: float = START_S) -> None:
         """Start the actors and wait for them.
 
         Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from es_flipout.cluster.connect import Connection
-from es_flipout.cluster.pool import Pool
+from es_flipout.cluster.pool import START_S, Pool
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
 from es_flipout.perturbations import Family, Members
@@ -30,6 +30,7 @@ from es_flipout.policies.observation_norm import Moments, ObservationNorm
 from es_flipout.randomness import Address
 from es_flipout.rollout.builder import Parts, build, family_of, forward_settings, local_player, make_strategy, slots_for
 from es_flipout.rollout.episodes import MOMENT_BLOCK, Ends, Episodes, Rollout, Segments, ShouldStop
+from es_flipout.rollout.plan import device_slots
 from es_flipout.rollout.players import LocalPlayer, Player
 from es_flipout.runinfo import versions
 from es_flipout.strategy.population import ForwardSettings, Population
@@ -38,6 +39,7 @@ from es_flipout.strategy.unperturbed import Unperturbed
 
 _FEWEST_MEMBERS = 32  # minimum size of a shard: a row costs more in a forward with fewer rows
 _SHARDS_PER_WORKER = 2  # per generation, so that a fast worker can relieve a slow one
+_GPU_START_S = 900.0  # time limit for a worker that first compiles kernels, beside others that compile them, too
 _FEWEST_LIKE = 16  # every BLAS has special kernels for fewer rows
 
 Arrays = dict[str, NDArray[Any]]
@@ -97,11 +99,13 @@ class ShardWorker:
             threads: number of physics threads.
         """
         torch.set_num_threads(1)
-        slots = min(size * config.task.episodes, slots_for(config))
-        own = config.replace(slots=slots, threads=threads, overlap=False, backend="local")
-        self._agent, _, self._player = build(own)
-        self._config, module = config, self._agent.module
-        self._device = torch.device("cuda" if config.compute.device == "cuda" else "cpu")
+        own = config.replace(threads=threads, overlap=False, backend="local")
+        if config.compute.physics == "gpu" and config.compute.slots is None:
+            slots = device_slots(own.replace(population_size=size))  # from the memory of this worker's GPU
+        else:
+            slots = min(size * config.task.episodes, slots_for(config))
+        self._agent, strategy, self._player = build(own.replace(slots=slots))
+        self._config, module, self._device = config, self._agent.module, strategy.device
         self._forward = forward_settings(config, module)
         if self._device.type == "cpu":
             self._forward = settings_like(self._forward, module, family_of(config), self._agent.obs_dim, slots)
@@ -183,7 +187,10 @@ class ShardedPlayer(Player):
         threads: number of physics threads per worker.
         size: members per shard.
         warnings: warnings for the user about the use of the cluster.
+        WORKER: class of the actors.
     """
+
+    WORKER: ClassVar[type[ShardWorker]] = ShardWorker
 
     def __init__(self, config: TrainConfig, home: LocalPlayer, reserve_cores: bool = True) -> None:
         """Connect and start the workers.
@@ -201,14 +208,16 @@ class ShardedPlayer(Player):
         self._connection = connection = Connection(config.compute.ray_address)
         self.workers, self.threads = _workers_and_threads(config, connection)
         self.warnings = _warnings(self.workers * self.threads, connection)
-        self.size = shard_size(config.strategy.population_size, self.workers)
+        gpus, per_worker, start_s = 0, _SHARDS_PER_WORKER, START_S
+        if config.compute.device == "cuda":  # a GPU plays a whole share at once, no slower than half of it
+            gpus, per_worker, start_s = 1, 1, _GPU_START_S
+        self.size = shard_size(config.strategy.population_size, self.workers, per_worker)
         # With more workers than cores, each reserves a fraction of a core.
         cores = min(self.threads, max(connection.cores / self.workers, 0.01)) if reserve_cores else 0
-        gpus = 1 if config.compute.device == "cuda" else 0
-        actor = connection.ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0)(ShardWorker)
+        actor = connection.ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0)(self.WORKER)
         arguments = (config, self.size, self.threads)
         try:
-            self.pool = Pool(connection, lambda: actor.remote(*arguments), self.workers)
+            self.pool = Pool(connection, lambda: actor.remote(*arguments), self.workers, start_s)
             for answer in self.pool.answers:
                 compare_versions(versions(), answer)
         except BaseException:
@@ -291,10 +300,16 @@ def _workers_and_threads(config: TrainConfig, connection: Connection) -> tuple[i
     return max(min(connection.cores // threads, most), 1), threads
 
 
-def shard_size(population_size: int, workers: int) -> int:
-    """Return the members per shard: whole blocks of moments, and therefore whole antithetic pairs."""
+def shard_size(population_size: int, workers: int, per_worker: int = _SHARDS_PER_WORKER) -> int:
+    """Return the members per shard: whole blocks of moments, and therefore whole antithetic pairs.
+
+    Args:
+        population_size: members of all shards.
+        workers: number of workers.
+        per_worker: shards per worker and generation, unless they are too small.
+    """
     even = -(-population_size // workers)
-    wanted = max(-(-even // _SHARDS_PER_WORKER), min(_FEWEST_MEMBERS, even))
+    wanted = max(-(-even // per_worker), min(_FEWEST_MEMBERS, even))
     return -(-wanted // MOMENT_BLOCK) * MOMENT_BLOCK
 
 

@@ -200,7 +200,8 @@ class Population:
             for name, perturbation in self.perturbations.items()
             for attribute, value in perturbation.buffers().items()
         ]
-        return self.members, self.row_block, self._forward.precision, str(self._module), tuple(tensors)
+        members = dataclasses.replace(self.members, first=0)  # the noise is copied, so all shards of a size are alike
+        return members, self.row_block, self._forward.precision, str(self._module), tuple(tensors)
 
     def fixed_copy(self) -> Population:
         """Return a copy whose tensors never move in memory; :meth:`load_` overwrites them in place."""

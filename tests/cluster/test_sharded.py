@@ -27,7 +27,7 @@ from es_flipout.envs.base import EnvironmentFailureError
 from es_flipout.errors import UserError
 from es_flipout.perturbations import Flipout, LowRank
 from es_flipout.policies.networks import MLP, Linear, Recurrent
-from es_flipout.rollout.builder import build
+from es_flipout.rollout.builder import build, local_player
 from es_flipout.rollout.episodes import MOMENT_BLOCK, MOMENT_JOBS, Episodes, Rollout, start_seeds
 from es_flipout.rollout.placement import place
 from es_flipout.strategy.population import ForwardSettings
@@ -198,6 +198,62 @@ def test_errors_of_an_environment_come_through() -> None:
         player.close()
 
 
+def on_a_card_of(free: int) -> type[ShardWorker]:
+    """A worker that plays as on a GPU with ``free`` bytes, but on the CPU; defined here, as workers cannot import it."""
+
+    class Worker(ShardWorker):
+        def __init__(self, config: TrainConfig, size: int, threads: int) -> None:
+            from es_flipout.cluster import sharded
+            from es_flipout.rollout import builder, plan
+
+            def build(config: TrainConfig) -> builder.Parts:
+                agent, player = builder.device_player(config, torch.device("cpu"))
+                return builder.Parts(agent, builder.make_strategy(config, agent.module, "cpu"), player)
+
+            setattr(sharded, "build", build)
+            setattr(plan, "free_bytes", lambda device: free)
+            super().__init__(config, size, threads)
+
+        def seen(self) -> tuple[str, int, list[int], int]:
+            """Return card, slots, members of the layouts in memory, and the number of launches that were captured."""
+            rollouts = list(self._player._rollouts.values())  # pyright: ignore[reportAttributeAccessIssue]
+            sizes = [rollout._population.size for rollout in rollouts]
+            card, slots = os.environ["CUDA_VISIBLE_DEVICES"], self._player.slots  # pyright: ignore[reportAttributeAccessIssue]
+            return card, slots, sizes, id(rollouts[0])
+
+    return Worker
+
+
+@pytest.mark.usefixtures("connection")
+def test_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray counts two GPUs that do not exist; the workers' code is that of a GPU, on the CPU."""
+    monkeypatch.setattr(ShardedPlayer, "WORKER", on_a_card_of(110_000))
+    config = HOPPER.replace(env_id="CartPole-v1", device="cuda", physics="gpu", kernels="torch", row_block=8)
+    here = config.replace(device="cpu", physics="cpu", slots=20)
+    agent, strategy, alone = build(here)
+    _, home = local_player(here, 1)
+    player = ShardedPlayer(config, home)
+    ray = player._connection.ray
+    try:
+        assert (player.workers, player.size) == (2, 48)
+        seen = []
+        for _ in range(3):
+            population = strategy.ask()
+            episodes = Episodes(start_seeds(population, 2), moment_jobs=MOMENT_JOBS)
+            expected, found = alone.play(population, episodes), player.play(population, episodes)
+            assert torch.equal(found.episode_returns, expected.episode_returns)
+            assert torch.equal(found.moments.squares, expected.moments.squares)
+            seen.append(ray.get([worker.actor.seen.remote() for worker in player.pool._workers]))
+            strategy.tell(found.fitness)
+        assert seen[0] == seen[1] == seen[2]  # one share each, always of the same size: nothing is captured again
+        cards, slots, sizes, _ = zip(*seen[0], strict=True)
+        assert sorted(cards) == ["0", "1"]
+        assert sorted(sizes) == [[24], [48]]
+        assert slots == (48, 48)  # the memory is enough for about 50, so 96 episodes take two turns
+    finally:
+        player.close()
+
+
 def test_other_versions_are_refused() -> None:
     here = {"torch": "2.13.0", "mujoco": "4.0.0", "ray": "1"}
     sharded.compare_versions(here, {"torch": "2.13.0", "mujoco": "4.0.0"})
@@ -213,6 +269,9 @@ def test_shards_are_whole_blocks(population: int, workers: int) -> None:
     shards = -(-population // size)
     assert shards >= min(workers, population // 32)  # no worker is idle as long as there is enough to do
     assert size * (shards - 1) < population
+    whole = shard_size(population, workers, per_worker=1)
+    assert whole % MOMENT_BLOCK == 0
+    assert 0 <= whole - population / workers < MOMENT_BLOCK
 
 
 def connection_with(*nodes: int, gpus: int = 0) -> Connection:

@@ -251,6 +251,17 @@ def test_the_same_memory_serves_every_generation(
     assert [env.num_envs for env in envs] == [5, 3]
 
 
+def test_shards_of_one_size_share_memory_and_graphs(family: Family) -> None:
+    module = Recurrent(3, 2, (4,), output_gain=1.0)
+    player, rollouts = player_of(lambda n: chaos(n), 5), []
+    for first in (0, 16, 8):
+        shard = population_of(module, family, 8, first=first, of=24)
+        seeds = start_seeds(shard, 1)
+        assert same(play(player, shard, seeds), run(shard, chaos(3), Episodes(seeds, moment_jobs=MOMENT_JOBS)))
+        rollouts += player._rollouts.values()
+    assert rollouts == [rollouts[0]] * 3
+
+
 def test_state_stays_where_it_is_in_memory() -> None:
     """A graph keeps using the addresses that tensors had when it was captured."""
     module, norm = Recurrent(3, 2, (4,), output_gain=1.0), ObservationNorm(3)
