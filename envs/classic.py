@@ -35,6 +35,7 @@ def _round32(value: float) -> float:
 class CartPole(TorchTask):
     """Keep a pole upright on a cart pushed left or right. State: position, velocity, angle, angular velocity."""
 
+    starts_together: ClassVar[bool] = True
     position_limit: ClassVar[float] = 2.4
     angle_limit: ClassVar[float] = 12 * 2 * math.pi / 360
     observation_space = _symmetric_box(position_limit * 2, math.inf, angle_limit * 2, math.inf)
@@ -71,6 +72,7 @@ class CartPole(TorchTask):
 class Pendulum(TorchTask):
     """Swing a pendulum up and hold it there. State: angle, angular velocity. Never terminates."""
 
+    starts_together: ClassVar[bool] = True
     max_speed: ClassVar[float] = 8.0
     max_torque: ClassVar[float] = 2.0
     observation_space = _symmetric_box(1.0, 1.0, max_speed)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from es_flipout.envs.base import EnvironmentFailureError
+from es_flipout.envs.generators import Rng
 from es_flipout.envs.mujoco_contact import ContactForceBatch
 from es_flipout.envs.mujoco_task import ModelFacts, MujocoTask
 from es_flipout.envs.native import NativeBatchEnv
@@ -99,7 +100,7 @@ class MujocoBatchEnv(NativeBatchEnv):
         derived = task.derived_fields()
         batch_class = ContactForceBatch if "cfrc_ext" in derived else Batch
         self.batch = batch_class(model, num_envs, nthread=threads)
-        self._task, self.frame_skip = task, task.frame_skip
+        self._task, self.frame_skip, self.starts_together = task, task.frame_skip, task.starts_together
         self._model = model_facts(model)
         self._fields: dict[str, NDArray[np.float64]] = {
             name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *derived)
@@ -116,9 +117,9 @@ class MujocoBatchEnv(NativeBatchEnv):
         self.backend = "mujoco"
         self.diverged = self._no_slot
 
-    def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
+    def draw_start(self, rng: Rng) -> NDArray[np.float64]:
         """See :meth:`NativeBatchEnv.draw_start`; positions, then velocities."""
-        return np.concatenate(self._task.start(rng, self._model))
+        return np.concatenate(self._task.start(rng, self._model), axis=-1)
 
     def states(self) -> Tensor:
         """See :meth:`NativeBatchEnv.states`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from es_flipout.envs.base import UnsupportedEnvironmentError
+from es_flipout.envs.generators import Rng
 from es_flipout.envs.mujoco_cpu import action_space, load_model, model_facts
 from es_flipout.envs.mujoco_task import MujocoTask
 from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
@@ -75,7 +76,7 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         self._describe(env_id, kwargs, num_envs, device)
         model = load_model(task.xml_file)
         facts = model_facts(model)
-        self._task = task
+        self._task, self.starts_together = task, task.starts_together
         self._derived = task.derived_fields()
         own_model = task.xml_file == type(task).xml_file
         self._physics = WarpPhysics(
@@ -109,8 +110,8 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         self.backend = "mujoco-warp"
 
     @override
-    def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        return np.concatenate(self._task.start(rng, self._model))
+    def draw_start(self, rng: Rng) -> NDArray[np.float64]:
+        return np.concatenate(self._task.start(rng, self._model), axis=-1)
 
     @override
     def states(self) -> Tensor:

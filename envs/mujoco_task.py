@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from es_flipout.envs.generators import Rng
+
 Array = Any  # an array of the namespace in use
 Namespace = Any  # numpy or torch
 Fields = Mapping[str, Array]  # MjData fields by name, (S, ...)
@@ -46,6 +48,7 @@ class ModelFacts:
 class MujocoTask(ABC):
     """A task; its dataclass fields are Gymnasium's keyword arguments with Gymnasium's defaults."""
 
+    starts_together: ClassVar[bool] = False  # whether start() also takes the generators of many starts
     islands_matter: ClassVar[bool] = False  # whether solving all constraints as one block changes the last bits
     xml_file: str = ""
     frame_skip: int = 1
@@ -59,7 +62,7 @@ class MujocoTask(ABC):
         return 0.0
 
     @abstractmethod
-    def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
+    def start(self, rng: Any, model: ModelFacts) -> Start:
         """Draw the start state of an episode."""
 
     def before(self, xp: Namespace, model: ModelFacts, d: Fields) -> Array:
@@ -94,11 +97,12 @@ class MujocoTask(ABC):
 class NoisyStart(MujocoTask):
     """Starts from the model's reference state with noise on every coordinate."""
 
+    starts_together: ClassVar[bool] = True
     normal_velocity: ClassVar[bool] = False
     reset_noise_scale: float = 0.1
 
     @override
-    def start(self, rng: np.random.Generator, model: ModelFacts) -> Start:
+    def start(self, rng: Rng, model: ModelFacts) -> Start:
         scale = self.reset_noise_scale
         qpos = model.qpos0 + rng.uniform(low=-scale, high=scale, size=model.qpos0.size)
         if self.normal_velocity:

@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError
+from es_flipout.envs.generators import Generators, Rng
 
 Task = TypeVar("Task")
+
+# Fewer starts are drawn one after the other; of more, this many are also drawn so, to check the others.
+_FEWEST_TOGETHER, _CHECKED = 64, 4
+_CHUNK = 1024  # starts whose numbers fit into a core's cache
 
 NO_TIME_LIMIT = -1  # what gymnasium.make calls "no time limit"
 
@@ -35,12 +40,15 @@ class NativeBatchEnv(BatchEnv):
         capturable: whether :meth:`step` and :meth:`restart_where` consist only of torch operations that neither
             synchronize with the host nor move the state to other storage, so that one torch CUDA graph can contain many
             steps.
+        starts_together: whether :meth:`draw_start` also takes :class:`es_flipout.envs.generators.Generators`, and then
+            returns one start per generator, ``(n, K)``: it draws the same numbers for every start.
     """
 
     capturable: bool = False
+    starts_together: bool = False
 
     @abstractmethod
-    def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
+    def draw_start(self, rng: Rng) -> NDArray[np.float64]:
         """Draw one start, ``(K,)``, with exactly the same calls of ``rng`` as the Gymnasium environment's ``reset``."""
 
     @abstractmethod
@@ -88,8 +96,26 @@ class NativeBatchEnv(BatchEnv):
     def _draw(self, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
         """Draw the starts of ``seeds`` ``(n,)``, ``(n, K)``."""
         unique, inverse = np.unique(seeds, return_inverse=True)
-        drawn = [self.draw_start(seeding.np_random(int(seed))[0]) for seed in unique]
-        return np.stack(drawn)[inverse] if drawn else np.empty((0, 0))
+        if not len(unique):
+            return np.empty((0, 0))
+        if not self.starts_together or len(unique) < _FEWEST_TOGETHER or unique[0] < 0:
+            return self._drawn_one_by_one(unique)[inverse]
+        drawn = np.concatenate(
+            [self._drawn_together(part) for part in np.split(unique, range(_CHUNK, len(unique), _CHUNK))]
+        )
+        # A version of NumPy that draws other numbers is noticed here.
+        same = np.array_equal(drawn[:_CHECKED], self._drawn_one_by_one(unique[:_CHECKED]))
+        return (drawn if same else self._drawn_one_by_one(unique))[inverse]
+
+    def _drawn_one_by_one(self, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.stack([self.draw_start(seeding.np_random(int(seed))[0]) for seed in seeds])
+
+    def _drawn_together(self, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
+        generators = Generators(seeds)
+        drawn = self.draw_start(generators)
+        if not generators.exact.all():
+            drawn[~generators.exact] = self._drawn_one_by_one(seeds[~generators.exact])
+        return drawn
 
     def _describe(self, env_id: str, kwargs: Mapping[str, object], num_envs: int, device: torch.device) -> None:
         """Set the attributes of all native environments; ``max_episode_steps`` is as in ``gymnasium.make``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from es_flipout.envs.generators import Rng
 from es_flipout.envs.native import NativeBatchEnv
 
 
@@ -24,9 +25,10 @@ class TorchTask(ABC):
 
     observation_space: ClassVar[gymnasium.spaces.Box]
     action_space: ClassVar[gymnasium.spaces.Box | gymnasium.spaces.Discrete]
+    starts_together: ClassVar[bool] = False  # whether start() also takes the generators of many starts
 
     @abstractmethod
-    def start(self, rng: np.random.Generator) -> NDArray[np.float64]:
+    def start(self, rng: Any) -> NDArray[np.float64]:
         """Draw the start state of an episode, ``(K,)``."""
 
     @abstractmethod
@@ -65,12 +67,12 @@ class TorchBatchEnv(NativeBatchEnv):
         self.alive_bonus = 0.0
         self.backend = "torch"
         self.diverged = torch.zeros(num_envs, dtype=torch.bool, device=device)
-        self._task = task
+        self._task, self.starts_together = task, task.starts_together
         size = len(task.start(np.random.default_rng(0)))
         self._state = torch.zeros(size, num_envs, dtype=torch.float64, device=device)
         self._elapsed = torch.zeros(num_envs, dtype=torch.int64, device=device)
 
-    def draw_start(self, rng: np.random.Generator) -> NDArray[np.float64]:
+    def draw_start(self, rng: Rng) -> NDArray[np.float64]:
         """See :meth:`NativeBatchEnv.draw_start`."""
         return self._task.start(rng)
 
