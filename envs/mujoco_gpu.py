@@ -39,9 +39,11 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
     knows that it is capturing. Capturing whole steps works if the graph's memory comes from elsewhere
     (``torch.cuda.use_mem_pool``).
 
-    Three differences from the CPU:
+    Four differences from the CPU:
 
     * the observation space is float32;
+    * two runs on a GPU may differ in the last bits: contacts and sums are ordered as threads finish
+      (``opt.deterministic`` of mujoco-warp is off, as its price has not been measured);
     * a frozen slot is parked in the model's reference state, so that a fallen body does not use up the contact memory
       that all slots share. Its state is finite, but it must be restarted before it can be live again;
     * a slot whose state or reward becomes non-finite (``diverged``) terminates with reward 0 and immediately goes to

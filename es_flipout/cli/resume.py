@@ -16,7 +16,7 @@ from es_flipout.cli.parsing import parse
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """Continue a run; the result is bitwise identical to that of an uninterrupted run."""
+    """Continue a run; the result is bitwise identical to that of an uninterrupted run, except with MuJoCo on a GPU."""
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Directory of the run."""

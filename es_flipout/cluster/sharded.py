@@ -5,7 +5,7 @@ its first member, its size and a start seed of 8 bytes per episode. A worker dra
 itself, since they are addressed by member. It sends back 16 bytes per episode (return and length), and two sums over
 observations for every ``MOMENT_BLOCK`` episodes. The result is bitwise identical to that of one process, for any
 assignment of shards to workers. On GPUs, one per worker, this requires identical GPUs, the Triton kernels and
-deterministic physics.
+deterministic physics, which mujoco-warp's is not as it is set here.
 """
 
 from __future__ import annotations

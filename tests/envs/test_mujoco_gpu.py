@@ -135,6 +135,7 @@ def test_describes_itself_as_the_cpu_does() -> None:
     assert (env.backend, env.max_episode_steps, env.kwargs) == ("mujoco-warp", 2, {"max_episode_steps": 2})
     assert (env.device, env.terminates) == (other.device, other.terminates) == (torch.device("cpu"), False)
     assert env.action_space == other.action_space
+    assert env._physics._model.opt.deterministic == 0  # otherwise the documentation promises too little
     assert env.observation_space.shape == other.observation_space.shape
     assert env.observation_space.dtype == np.float32
     assert torch.equal(env.reset(torch.arange(2)), other.reset(torch.arange(2)).float())
