@@ -35,7 +35,10 @@ def described(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {message}"  # which names the file and line
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    frames, cause = [], error
+    while cause is not None:  # Gymnasium raises some errors again; what they were raised from comes last
+        frames += [frame for frame in traceback.extract_tb(cause.__traceback__) if not frame.filename.startswith("<")]
+        cause = cause.__cause__ or cause.__context__
     theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
     place = (theirs or frames)[-1:]
     where = f" (File {place[0].filename}, line {place[0].lineno})" if place else ""

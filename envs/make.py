@@ -23,6 +23,16 @@ from es_flipout.envs.torch_env import TorchBatchEnv
 
 NAMESPACE = "es_flipout/"
 
+# Where environments outside Gymnasium come from, by namespace.
+_PACKAGES = {
+    "MinAtar": "minatar",
+    "ALE": "ale-py",
+    "dm_control": "'shimmy[dm-control]'",
+    "MiniGrid": "minigrid",
+    "highway": "highway-env",
+    "procgen": "procgen",
+}
+
 
 def native_env_ids() -> dict[str, str]:
     """Return the ids with a native implementation, each with its backend (``"torch"`` or ``"mujoco"``)."""
@@ -127,6 +137,9 @@ def _require_registered(env_id: str) -> None:
         for plugin in entry_points(group="gymnasium.envs", name=namespace):
             plugin.load()()
     if name not in gymnasium.registry:
+        package = _PACKAGES.get(namespace)
+        if package is not None and not any(spec.namespace == namespace for spec in gymnasium.registry.values()):
+            raise UnsupportedEnvironmentError(f"{env_id} needs a package that is missing: pip install {package}")
         raise UnsupportedEnvironmentError(f"unknown environment {name!r}{_suggestion(name)}")
 
 

@@ -8,6 +8,21 @@ from __future__ import annotations
 
 from es_flipout.config import TrainConfig
 
+TUNED = frozenset(
+    {
+        "CartPole-v1",
+        "Pendulum-v1",
+        "Acrobot-v1",
+        "MountainCarContinuous-v0",
+        "InvertedPendulum-v5",
+        "InvertedDoublePendulum-v5",
+        "Swimmer-v5",
+        "HalfCheetah-v5",
+        "Hopper-v5",
+    }
+)
+"""Environments whose preset was tuned."""
+
 _NATIVE_PREFIX = "es_flipout/"
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
+import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import tyro
@@ -16,6 +19,22 @@ from es_flipout.errors import UserError
 from es_flipout.presets import preset
 
 Options = TypeVar("Options")
+
+# What other tools call an option.
+_ALIASES = {
+    **dict.fromkeys(("lr", "step-size", "alpha"), "learning-rate"),
+    **dict.fromkeys(("popsize", "pop-size", "pop", "population", "npop", "members"), "population-size"),
+    **dict.fromkeys(("steps", "timesteps", "total-timesteps", "n-timesteps", "max-steps", "num-steps"), "env-steps"),
+    **dict.fromkeys(("iterations", "num-iterations", "epochs", "n-generations", "gens"), "generations"),
+    **dict.fromkeys(("num-envs", "n-envs", "envs"), "slots"),
+    **dict.fromkeys(("std", "noise-std", "sigma-init"), "sigma"),
+    **dict.fromkeys(("net-arch", "hidden-sizes", "layers"), "hidden"),
+    **dict.fromkeys(("output", "out-dir", "log-dir", "logdir", "folder"), "run-dir"),
+    **dict.fromkeys(("n-eval-episodes", "eval-episodes"), "evaluation-episodes"),
+    **dict.fromkeys(("num-workers", "n-workers", "n-jobs"), "workers"),
+}
+_NUMBER = re.compile(r"((?:\d[\d_]*)?(?:\.\d+)?(?<=\d)(?:[eE]\+?\d{1,2})?)([kKmMbBgG]?)", re.ASCII)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 _PRESET_OF_HELP = "HalfCheetah-v5"  # help shows the values of this preset if no environment is given
 
@@ -36,13 +55,14 @@ def parse(options: type[Options], arguments: Sequence[str], command: str, defaul
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1)
+            alias = _ALIASES.get(flag.removeprefix("--"))
+            near = [f"--{alias}"] if f"--{alias}" in known else difflib.get_close_matches(flag, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f" (see es-flipout {command} --help)"
             raise UserError(f"unrecognized option {flag}{hint}")
     with _one_line_errors(command):
         return tyro.cli(
             options,
-            args=list(arguments),
+            args=_with_plain_numbers(arguments, known),
             prog=f"es-flipout {command}",
             default=default if default is not None else tyro.MISSING_NONPROP,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs),
@@ -81,12 +101,62 @@ def config_of(options: object) -> TrainConfig:
     return typing.cast(TrainConfig, vars(options)["config"])
 
 
-def _flags(options: type) -> list[str]:
-    """Return all flags of an options dataclass."""
-    names: list[str] = []
+def _flags(options: type) -> dict[str, Any]:
+    """Return all flags of an options dataclass, each with the type of its value."""
+    hints: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(options).items():
-        names += PLACES if hint is TrainConfig else [name]
-    return ["--help", *(f"--{prefix}{name}".replace("_", "-") for name in names for prefix in ("", "no_"))]
+        if hint is TrainConfig:
+            for flat, (subject, field) in PLACES.items():
+                hints[flat] = typing.get_type_hints(TrainConfig.SUBJECTS[subject])[field]
+        else:
+            hints[name] = hint
+    flags = {f"--{prefix}{name}".replace("_", "-"): hint for name, hint in hints.items() for prefix in ("", "no_")}
+    return {"--help": bool, **flags}
+
+
+def _with_plain_numbers(arguments: Sequence[str], flags: Mapping[str, Any]) -> list[str]:
+    """Write whole numbers in digits (``1e6``, ``2.5M``, ``10k``) and lists with spaces (``64,64``), for tyro."""
+    plain: list[str] = []
+    flag, hint = "", None
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            hint = flags.get(flag.replace("_", "-"))
+            if not equals:
+                plain.append(argument)
+                continue
+            first, *more = _plain(flag, value, hint)
+            plain += [f"{flag}={first}", *more]
+        else:
+            plain += _plain(flag, argument, hint)
+        if not _takes(hint, tuple):
+            hint = None  # what follows is a positional argument
+    return plain
+
+
+def _takes(hint: Any, kind: type) -> bool:
+    """Return whether an option takes whole numbers: one (int), or several (tuple)."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(option is int if kind is int else typing.get_args(option)[:1] == (int,) for option in options)
+
+
+def _plain(flag: str, value: str, hint: Any) -> list[str]:
+    if not (_takes(hint, int) or _takes(hint, tuple)) or value == "None":
+        return [value]
+    found = [_digits(part.strip()) for part in (value.split(",") if _takes(hint, tuple) else [value]) if part.strip()]
+    if not found or any(re.fullmatch("-?[0-9]+", number, re.ASCII) is None for number in found):
+        raise UserError(f"{flag} must be a whole number such as 1000, 1e6 or 10k, got {value}")
+    return found
+
+
+def _digits(value: str) -> str:
+    """Return a whole number in digits; anything else unchanged."""
+    match = _NUMBER.fullmatch(value)
+    if match is None or len(value) > 30:
+        return value
+    number = Decimal(match[1]) * _UNITS[match[2].lower()]
+    small_and_whole = number < 10**30 and number == number.to_integral_value()
+    return str(int(number)) if small_and_whole else value
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ def run(arguments: Sequence[str]) -> int:
     find_modules_here()
     reporter = TerminalReporter(console, config.task.env_id)
     with locked(options.run_dir):
-        with starting_up(f"continue with: {resume_command(config, options.run_dir)}"):
+        advice = f"continue with: {resume_command(config, options.run_dir)}"
+        with starting_up(console, config.task.env_id, advice):
             trainer = resume_trainer(options.run_dir, reporter, changes, build_for(config), options.trust)
         with closing(trainer):
             return train_to_the_end(trainer, options.run_dir, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shlex
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from es_flipout.config import TrainConfig
+from es_flipout.errors import UserError
 from es_flipout.training.evaluate import evaluate
+from es_flipout.training.metrics import EpisodeBar
 from es_flipout.training.run_directory import Which, write_evaluation
 from es_flipout.training.setup import Build, build_engine
 from es_flipout.training.trainer import Trainer
@@ -28,6 +31,9 @@ def build_for(config: TrainConfig) -> Build:
     return build_engine
 
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def find_modules_here() -> None:
     """Let the environment of a user's own module be imported from the current folder, after all installed modules."""
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -35,10 +41,11 @@ def find_modules_here() -> None:
 
 
 @contextmanager
-def starting_up(advice: str) -> Iterator[None]:
-    """Add advice to the message of a signal that stops the command before training begins."""
+def starting_up(console: Console, env_id: str, advice: str) -> Iterator[None]:
+    """Show on a terminal that the run is starting; add advice to the message of a signal that stops it before training."""
     try:
-        yield
+        with console.status(f"starting {env_id}: environments, policy and workers"):
+            yield
     except KeyboardInterrupt as stop:
         stop.add_note(f"training had not begun; {advice}")
         raise
@@ -52,7 +59,13 @@ def resume_command(config: TrainConfig, run_dir: Path) -> str:
 
 def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
     """Train, score in the single Gymnasium environment, and print the run directory; return the exit code."""
-    trainer.train()
+    try:
+        trainer.train()
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        advice = f"free some space, then continue with: {resume_command(trainer.config, run_dir)}"
+        raise UserError(f"{error}; {advice}") from error
     if trainer.interrupted:
         at = trainer.progress
         print(f"stopped after generation {at.generation} ({at.env_steps:,} environment steps)")
@@ -65,8 +78,8 @@ def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
     for which, generation in generations.items():
         episodes = trainer.config.logging.evaluation_episodes
         try:
-            with console.status(f"scoring the {which} policy in {env_id}, {episodes} episodes"):
-                played = evaluate(trainer.trained_agent(which), trainer.config, episodes)
+            with EpisodeBar(console, f"scoring the {which} policy", episodes) as bar:
+                played = evaluate(trainer.trained_agent(which), trainer.config, episodes, on_episode=bar.show)
         except KeyboardInterrupt:
             print(f"stopped while scoring; score with: {resume_command(trainer.config, run_dir)}")
             return 0

@@ -45,7 +45,8 @@ class Agent:
         """
         self.obs_dim = obs_dim = check_observation_space(observation_space)
         self.action_map = ActionMap(action_space, config.policy.squash)
-        self.module = _policy(config, obs_dim, observation_shape or (obs_dim,), self.action_map.size)
+        generator = torch.Generator().manual_seed(config.schedule.seed)
+        self.module = _policy(config, obs_dim, observation_shape or (obs_dim,), self.action_map.size, generator)
         if config.policy.kind == "convnet":
             assert isinstance(observation_space, gymnasium.spaces.Box)
             self.norm: Normalizer = BoundsNorm(observation_space)
@@ -86,8 +87,29 @@ class Agent:
             ) from None
 
 
-def _policy(config: TrainConfig, obs_dim: int, shape: tuple[int, ...], outputs: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(config.schedule.seed)
+def parameter_shapes(
+    config: TrainConfig,
+    observation_space: gymnasium.Space,
+    action_space: gymnasium.Space,
+    observation_shape: tuple[int, ...] | None = None,
+) -> list[torch.Size]:
+    """Return the shapes of the parameters that an :class:`Agent` with these arguments has, without memory for them.
+
+    Raises:
+        UserError: a space is not supported, or a layer is larger than PyTorch can address.
+    """
+    obs_dim, outputs = check_observation_space(observation_space), ActionMap(action_space).size
+    try:
+        with torch.device("meta"):
+            module = _policy(config, obs_dim, observation_shape or (obs_dim,), outputs, None)
+    except RuntimeError as error:
+        raise UserError(f"hidden {config.policy.hidden} is too large: {' '.join(str(error).split())}") from None
+    return [parameter.shape for parameter in module.parameters()]
+
+
+def _policy(
+    config: TrainConfig, obs_dim: int, shape: tuple[int, ...], outputs: int, generator: torch.Generator | None
+) -> nn.Module:
     policy, gain = config.policy, config.policy.output_gain
     match policy.kind:
         case "mlp":

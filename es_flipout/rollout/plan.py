@@ -19,13 +19,16 @@ from es_flipout.envs import BatchEnv, make_env
 from es_flipout.envs.make import NAMESPACE
 from es_flipout.envs.observed import observe
 from es_flipout.errors import UserError
-from es_flipout.rollout.builder import backend_of, make_agent, make_strategy, row_block_of, slots_for
+from es_flipout.policies.agent import parameter_shapes
+from es_flipout.rollout.builder import backend_of, make_agent, make_one_env, make_strategy, row_block_of, slots_for
 from es_flipout.rollout.device import DeviceRollout
 from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes
-from es_flipout.rollout.memory import stored_bytes
+from es_flipout.rollout.memory import show_bytes, stored_bytes
 
 _SMALL_MEMBERS, _SMALL_SLOTS = 64, 32  # fewer slots than members, so that slots are refilled
 _USED_OF_FREE = 0.9  # the rest is for fragmentation, libraries and other processes
+_DOUBT = 8  # a run that may need this many times its lower bound is planned
+_MOST_BYTES_OF_A_SLOT = 1 << 20
 _MOST_SLOTS = 1 << 16  # more do not speed up physics on a GPU
 # About as many slots keep a GPU busy, so that fewer steps, rather than fewer slots, shorten a generation.
 _BUSY_SLOTS = {"torch": _MOST_SLOTS, "mujoco": 1 << 13}
@@ -118,6 +121,48 @@ def slots_in_turns(jobs: int, fits: int, busy: int | None) -> int:
     if busy is not None:
         turns = max(turns, jobs // busy)
     return -(-jobs // turns)
+
+
+def require_memory(config: TrainConfig) -> None:
+    """Check that a run on the CPU fits into memory, before anything large is created.
+
+    The sizes of the tensors that every run needs give a lower bound; only if that leaves doubt, a plan is made.
+
+    Raises:
+        UserError: the run does not fit.
+    """
+    free = free_bytes("cpu")
+    if free is None or config.compute.physics == "gpu":
+        return
+    env = make_one_env(config)
+    try:
+        shapes = parameter_shapes(config, env.observation_space, env.action_space, env.observation_shape)
+        obs_dim = env.observation_space.shape[0]
+    finally:
+        env.close()
+    strategy, slots = config.strategy, slots_for(config)
+    numbers = sum(shape.numel() for shape in shapes)
+    vectors = sum(shape.numel() for shape in shapes if len(shape) == 1)
+    members = strategy.population_size
+    sources = members // (2 if strategy.antithetic else 1)
+    match strategy.perturbation:
+        case "flipout":
+            noise = sources * vectors + strategy.bases * numbers
+        case "low_rank":
+            noise = sources * (vectors + strategy.rank * sum(sum(shape[:2]) for shape in shapes if len(shape) > 1))
+        case "dense":
+            noise = sources * numbers
+    copies = 2 + _OPTIMIZER_COPIES[strategy.optimizer]
+    least = _FLOAT * (copies * numbers + noise + slots * obs_dim) + 4 * _DOUBLE * members * config.task.episodes
+    most = _DOUBT * least + _MOST_BYTES_OF_A_SLOT * slots
+    if least <= free and most > free and config.compute.backend == "local":
+        least = make_plan(config).total
+    if least > free:
+        raise UserError(
+            f"{config.task.env_id} with {members} members, a policy of {numbers:,} parameters and {slots} parallel "
+            f"environments needs at least {show_bytes(least)}, but only {show_bytes(free)} of memory are free; "
+            "es-flipout plan shows what needs how much"
+        )
 
 
 def free_bytes(device: str) -> int | None:

@@ -62,8 +62,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        if error.filename is None:  # of a write: the system does not say where
+            error.filename = str(path)
         raise
 
 

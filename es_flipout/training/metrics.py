@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import re
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from es_flipout.training.checkpoint import atomic_write
@@ -73,17 +77,21 @@ class MetricsLog:
         """Append one generation."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow("" if v is None else v for v in asdict(metrics).values())
-        self._file.write(text.getvalue())
-        self._file.flush()
+        with _naming(self._path):
+            self._file.write(text.getvalue())
+            self._file.flush()
         for name, value in asdict(metrics).items():
             if name != "generation" and value is not None:
-                self._board.add_scalar(name, value, metrics.generation)
+                with _naming(self._path.with_name("tensorboard")):
+                    self._board.add_scalar(name, value, metrics.generation)
 
     def close(self) -> None:
         """Flush and close."""
         try:
-            self._file.close()
-            self._board.close()
+            with _naming(self._path):
+                self._file.close()
+            with _naming(self._path.with_name("tensorboard")):
+                self._board.close()
         finally:
             threading.excepthook = self._excepthook
 
@@ -93,9 +101,19 @@ class MetricsLog:
             self._excepthook(failed)
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Add the name of a file to an error of writing to it, which the system does not name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def _before(line: str, generation: int) -> bool:
     first, complete = line.split(",")[0], line.endswith("\n") and line.count(",") == len(COLUMNS) - 1
-    return complete and first.isdigit() and int(first) <= generation
+    return complete and re.fullmatch(r"[0-9]{1,18}", first) is not None and int(first) <= generation
 
 
 class Reporter(Protocol):
@@ -135,6 +153,51 @@ class Silent:
         """Do nothing."""
 
 
+class _TwoLines(Progress):
+    """A progress bar with the field ``status`` of its task in a line below, so that neither displaces the other."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return both lines."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["status"], overflow="ellipsis", no_wrap=True)
+
+
+class EpisodeBar:
+    """A progress bar of episodes on a terminal; elsewhere one line every ten seconds."""
+
+    def __init__(self, console: Console, title: str, episodes: int) -> None:
+        self._console, self._title, self._episodes = console, title, episodes
+        self._last_line = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task(title, total=episodes)
+
+    def __enter__(self) -> Self:
+        """Start the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+    def show(self, played: int) -> None:
+        """Show the number of episodes played so far."""
+        self._bar.update(self._task, completed=played)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_line > _LINE_EVERY_S:
+            self._last_line = now
+            self._console.print(
+                f"{self._title}: {played} of {self._episodes} episodes", highlight=False, soft_wrap=True
+            )
+
+
 class TerminalReporter:
     """A live progress bar on a terminal; elsewhere (files, pipes) one line every ten seconds."""
 
@@ -142,11 +205,12 @@ class TerminalReporter:
         self._console = console
         self._score: float | None = None
         self._last_line = time.monotonic()
-        self._bar = Progress(
+        self._bar = _TwoLines(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=12),
-            TextColumn("{task.percentage:3.0f}%  {task.fields[status]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:3.0f}%"),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -159,10 +223,14 @@ class TerminalReporter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Stop the bar and leave its last state on the screen."""
-        self._bar.stop()
+        with contextlib.suppress(OSError):
+            self._bar.stop()
 
     def show(self, metrics: Metrics, progress: float) -> None:
-        """Update the bar; without a terminal, print a line if the last one is older than ten seconds."""
+        """Update the bar; without a terminal, print a line if the last one is older than ten seconds.
+
+        A terminal that was closed, or a pipe that nobody reads any more, does not end the run.
+        """
         if metrics.score is not None:
             self._score = metrics.score
         score = "-" if self._score is None else f"{self._score:,.1f}"
@@ -170,15 +238,17 @@ class TerminalReporter:
             f"gen {metrics.generation}  mean {metrics.mean_return:,.1f}  best {metrics.best_return:,.1f}  "
             f"score {score}  {_short(metrics.env_steps)} steps  {_short(metrics.env_steps_per_s)}/s"
         )
-        self._bar.update(self._task, completed=progress, status=status)
-        now = time.monotonic()
-        if not self._console.is_terminal and (now - self._last_line > _LINE_EVERY_S or progress >= 1):
-            self._last_line = now
-            self._console.print(f"{progress:4.0%}  {status}", highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self._bar.update(self._task, completed=progress, status=status)
+            now = time.monotonic()
+            if not self._console.is_terminal and (now - self._last_line > _LINE_EVERY_S or progress >= 1):
+                self._last_line = now
+                self._console.print(f"{progress:4.0%}  {status}", highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self._console.print(message, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self._console.print(message, highlight=False, soft_wrap=True)
 
 
 def _short(count: float) -> str:

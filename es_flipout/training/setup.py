@@ -11,12 +11,15 @@ import torch
 from es_flipout.cluster.sharded import build_sharded
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
-from es_flipout.rollout.builder import Parts, Say, backend_of, build
+from es_flipout.rollout.builder import Parts, Say, backend_of, build, make_one_env
 from es_flipout.rollout.placement import place
+from es_flipout.rollout.plan import require_memory
 from es_flipout.training.checkpoint import checkpoints, load_checkpoint
 from es_flipout.training.metrics import Reporter, Silent
 from es_flipout.training.run_directory import read_config
 from es_flipout.training.trainer import Trainer
+
+_FEWEST_PIXELS = 64  # smaller arrays are hardly images
 
 Build = Callable[[TrainConfig, Say], Parts]
 
@@ -57,10 +60,35 @@ def make_trainer(
     # Small layers stall with more than one intra-op thread, and the other cores are needed for physics.
     torch.set_num_threads(1)
     config = place(config, reporter.say)
+    require_memory(config)
     parts = build(config, reporter.say)
-    for warning in parts.player.warnings:
+    for warning in [*_ineffective(config), *_of_images(config), *parts.player.warnings]:
         reporter.say(warning)
     return Trainer(config, parts, run_dir, reporter)
+
+
+def _ineffective(config: TrainConfig) -> list[str]:
+    """Return warnings about options that are given but have no effect."""
+    compute = config.compute
+    if compute.backend == "ray":
+        return []
+    given = [name for name, value in (("workers", compute.workers), ("ray-address", compute.ray_address)) if value]
+    return [f"warning: --{name} has no effect without --backend ray" for name in given]
+
+
+def _of_images(config: TrainConfig) -> list[str]:
+    """Return a warning if the observations are images and the policy is none for images."""
+    if config.policy.kind == "convnet" or config.task.observed is not None or backend_of(config) != "gymnasium":
+        return []
+    env = make_one_env(config)
+    env.close()
+    shape, numbers = env.observation_shape, env.observation_space.shape[0]
+    if len(shape) not in (2, 3) or numbers < _FEWEST_PIXELS:
+        return []
+    return [
+        f"warning: the observations are images of shape {shape}, which the {config.policy.kind} policy sees as {numbers} "
+        "unrelated numbers; --policy convnet is made for images"
+    ]
 
 
 def resume_trainer(

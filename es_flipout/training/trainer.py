@@ -73,7 +73,7 @@ class Trainer:
         self._score_episodes = Episodes(integers(address, Stream.START_STATE, score_members))
         self.starts = Starts(config.schedule, self._state())
         self._best: dict[str, Tensor] | None = None  # of an agent, as Agent.state_dict returns them
-        self._warned_nan = False
+        self._warned_nan = self._warned_diverged = False
 
     @property
     def finished(self) -> bool:
@@ -244,12 +244,7 @@ class Trainer:
             self.reporter.say(str(self.starts))
         wall_s = before.wall_s + time.perf_counter() - started
         self.progress = dataclasses.replace(self.progress, wall_s=wall_s)
-        if rollout.nan_returns and not self._warned_nan:
-            self._warned_nan = True
-            self.reporter.say(
-                f"warning: {rollout.nan_returns} of {len(rollout.returns)} members had a NaN return in generation "
-                f"{generation}; they rank worst, and the column nan_returns of metrics.csv counts them"
-            )
+        self._warn(rollout, generation)
         returns = rollout.returns[~rollout.returns.isnan()]
         return Metrics(
             generation=generation,
@@ -265,6 +260,25 @@ class Trainer:
             diverged=rollout.diverged,
             nan_returns=rollout.nan_returns,
         )
+
+    def _warn(self, rollout: Rollout, generation: int) -> None:
+        """Tell once about returns that are NaN and about episodes that ended with a state that is not finite."""
+        members, episodes = len(rollout.returns), rollout.lengths.numel()
+        if rollout.nan_returns and not self._warned_nan:
+            self._warned_nan = True
+            found = f"{rollout.nan_returns} of {members} members had a NaN return in generation {generation}"
+            follows = (
+                "nothing can be learned from this; check the environment's rewards"
+                if rollout.nan_returns == members
+                else "they rank worst, and the column nan_returns of metrics.csv counts them"
+            )
+            self.reporter.say(f"warning: {found}; {follows}")
+        if rollout.diverged == episodes and not self._warned_diverged:
+            self._warned_diverged = True
+            self.reporter.say(
+                f"warning: all {episodes} episodes of generation {generation} ended with an observation or state that is "
+                "not finite; check the environment (the column diverged of metrics.csv counts such episodes)"
+            )
 
     def _score_and_keep_the_best(self) -> float:
         """Score the mean policy; the newest of equally good ones is the best, for it was trained longest."""

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from es_flipout.training import metrics as metrics_module
-from es_flipout.training.metrics import COLUMNS, Metrics, MetricsLog, TerminalReporter
+from es_flipout.training.metrics import COLUMNS, EpisodeBar, Metrics, MetricsLog, TerminalReporter
 
 CONTRACT = ("generation", "env_steps", "env_steps_per_s", "wall_s", "mean_return", "best_return", "score")
 SECOND = Metrics(
@@ -143,6 +144,32 @@ def test_the_bar_shows_the_run() -> None:
     screen = shown(True, (metrics, 0.25))
     for part in ("CartPole-v1", "gen 2", "mean 21.0", "best 99.1", "score 55.5", "1.23M steps", "4.32k/s", "25%"):
         assert part in screen, part
+
+
+def test_at_80_columns_the_bar_and_the_time_left_are_there() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    metrics = dataclasses.replace(SECOND, generation=1234, env_steps=123_456_789, mean_return=-12345.6)
+    with TerminalReporter(console, "InvertedDoublePendulum-v5") as reporter:
+        reporter.show(metrics, 0.37)
+    bar, status = (line for line in screen.getvalue().splitlines()[-2:])
+    assert re.search(r"InvertedDoublePendulum-v5 .*━━.* 37% .*(-|\d):\S+ left", bar), bar
+    assert "gen 1234  mean -12,345.6" in status
+
+
+def test_scoring_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+    screens = {terminal: io.StringIO() for terminal in (True, False)}
+    for terminal, screen in screens.items():
+        console = Console(file=screen, force_terminal=terminal, width=80, color_system=None)
+        with EpisodeBar(console, "scoring the best policy", 100) as bar:
+            for played in range(1, 101):
+                clock[0] += 0.3
+                bar.show(played)
+    assert screens[False].getvalue().splitlines()[0] == "scoring the best policy: 34 of 100 episodes"
+    assert len(screens[False].getvalue().splitlines()) == 2
+    assert "100/100" in screens[True].getvalue()
 
 
 @pytest.mark.parametrize(
