@@ -231,9 +231,9 @@ sys.exit(main())
 def test_a_signal_outside_of_training(
     tmp_path: Path, number: signal.Signals, module: str, function: str, line: str, code: int | None
 ) -> None:
+    code_of_child = WAITING.format(module=module, function=function)
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING.format(module=module, function=function)]
-        + ["train", "CartPole-v1", *SMALL, "--generations", "1", "--run-dir", "run"],
+        [sys.executable, "-c", code_of_child, "train", "CartPole-v1", *SMALL, "--generations", "1", "--run-dir", "run"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
