@@ -26,6 +26,8 @@ _HOME = {
     "LowRank": "es_flipout.perturbations",
     "Dense": "es_flipout.perturbations",
     "UserError": "es_flipout.errors",
+    "load": "es_flipout.tools.policy",
+    "TrainedPolicy": "es_flipout.tools.policy",
 }
 _MODULES = ("envs", "nn", "policies")
 
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from es_flipout.strategy.evolution_strategy import EvolutionStrategy as EvolutionStrategy
     from es_flipout.strategy.population import Population as Population
     from es_flipout.strategy.shaping import centered_ranks as centered_ranks
+    from es_flipout.tools.policy import TrainedPolicy as TrainedPolicy
+    from es_flipout.tools.policy import load as load
 
 
 def __getattr__(name: str) -> Any:

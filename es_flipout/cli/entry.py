@@ -17,6 +17,7 @@ _COMMANDS = {
     "train": "train a policy: es-flipout train HalfCheetah-v5",
     "resume": "continue a run, bitwise identically: es-flipout resume RUN_DIR",
     "evaluate": "score a run in the single Gymnasium environment: es-flipout evaluate RUN_DIR",
+    "export": "write the policy as ONNX or for torch: es-flipout export RUN_DIR --output policy.onnx",
     "envs": "list what can be trained",
     "bench": "measure speed on this machine: es-flipout bench forward|rollout|compare",
     "plan": "predict the memory of a run: es-flipout plan Humanoid-v5",

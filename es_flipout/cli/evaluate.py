@@ -52,17 +52,13 @@ def run(arguments: Sequence[str]) -> int:
     import torch
 
     from es_flipout.cli.session import find_modules_here
-    from es_flipout.training.checkpoint import load_progress
     from es_flipout.training.evaluate import evaluate
-    from es_flipout.training.run_directory import load_agent
+    from es_flipout.training.run_directory import generation_of, load_agent
 
     torch.set_num_threads(1)
     find_modules_here()
     agent, config = load_agent(options.run_dir, options.which, options.trust)
-    progress = load_progress(options.run_dir / "checkpoints")
-    generation = None
-    if progress is not None:
-        generation = progress.generation if options.which == "last" else progress.best_generation
+    generation = generation_of(options.run_dir, options.which)
     played = evaluate(agent, config, options.episodes)
     result = dataclasses.replace(played, which=options.which, generation=generation).to_dict()
     if options.json:

@@ -65,7 +65,7 @@ def parse(options: type[Options], arguments: Sequence[str], command: str, defaul
             args=_with_plain_numbers(arguments, known),
             prog=f"es-flipout {command}",
             default=default if default is not None else tyro.MISSING_NONPROP,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs),
+            config=(tyro.conf.OmitArgPrefixes,),
         )
 
 

@@ -55,14 +55,26 @@ class Agent:
 
     def initial_state(self, rows: int) -> Tensor | None:
         """Return the recurrent state at the start of an episode, ``(rows, state_size)``; None without memory."""
-        return initial_state(self.module, rows, next(self.module.parameters()).device)
+        like = next(self.module.parameters())
+        state = initial_state(self.module, rows, like.device)
+        return None if state is None else state.to(like.dtype)
+
+    def double(self) -> Agent:
+        """Compute the network in float64 from now on, and return the agent; actions stay float32.
+
+        Sums in float32 are rounded differently by every library and processor, and physics amplifies the difference.
+        In float64 the differences are so small that they disappear when actions are rounded to float32.
+        """
+        self.module.double()
+        return self
 
     @torch.no_grad()
     def act(self, obs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Map observations ``(n, O)`` and the state to actions ``(n,)`` or ``(n, A)`` and the next state."""
-        x = self.norm(obs)
+        x = self.norm(obs).to(next(self.module.parameters()).dtype)
         output, state = (self.module(x), None) if state is None else self.module(x, state)
-        return self.action_map(output), state
+        action = self.action_map(output)
+        return action.float() if action.is_floating_point() else action, state
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors in a flat dictionary."""

@@ -22,7 +22,7 @@ def tanh(x: Tensor) -> Tensor:
 
     Neither NumPy's nor torch's result depends on a number's memory alignment, unlike some of torch's activations.
     """
-    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # pyright: ignore[reportPrivateImportUsage]
     if torch.is_grad_enabled() or traced or x.dtype != torch.float32 or x.device.type != "cpu":
         return torch.tanh(x)
     try:

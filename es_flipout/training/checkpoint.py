@@ -145,6 +145,24 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Progress]:
     return load_tensors(found[-1].with_suffix(".safetensors"), sha256), progress
 
 
+def generations(folder: Path) -> list[int]:
+    """Return the generations of the complete checkpoints, oldest first."""
+    return [int(_number(path)) for path in checkpoints(folder)]
+
+
+def load_generation(folder: Path, generation: int) -> dict[str, Tensor]:
+    """Load the tensors of the checkpoint of a generation.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged or was written by another version of es_flipout.
+    """
+    for path in checkpoints(folder):
+        if int(_number(path)) == generation:
+            return load_tensors(path.with_suffix(".safetensors"), _read_meta(path)[1])
+    kept = ", ".join(map(str, generations(folder))) or "none"
+    raise UserError(f"{folder} has no checkpoint of generation {generation}; it has those of {kept}")
+
+
 def load_progress(folder: Path) -> Progress | None:
     """Load the progress of the newest checkpoint; None if there is no checkpoint.
 

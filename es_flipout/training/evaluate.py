@@ -20,6 +20,9 @@ from es_flipout.envs.observed import SelectObservation
 from es_flipout.policies.agent import Agent
 from es_flipout.runinfo import versions
 
+FIRST_SEED = 1_000_000
+"""Seed of the first start state of an evaluation, by default."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -65,7 +68,7 @@ def make_real_env(env_id: str, kwargs: dict[str, Any], observed: tuple[int, ...]
     return env if observed is None else SelectObservation(env, observed)
 
 
-def _in_space(action: Tensor, space: gymnasium.Space) -> int | np.ndarray:
+def in_space(action: Tensor, space: gymnasium.Space) -> int | np.ndarray:
     """Convert an action of this package, where ``Discrete`` starts at 0 and ``Box`` is flat, to one of Gymnasium."""
     if isinstance(space, gymnasium.spaces.Discrete):
         return int(action) + int(space.start)
@@ -77,7 +80,7 @@ def evaluate(
     agent: Agent,
     config: TrainConfig,
     episodes: int,
-    first_seed: int = 1_000_000,
+    first_seed: int = FIRST_SEED,
     on_episode: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Play ``episodes`` episodes in sequence.
@@ -102,7 +105,7 @@ def evaluate(
             state, ended = agent.initial_state(1), False
             while not ended:
                 action, state = agent.act(torch.as_tensor(np.asarray(obs))[None], state)
-                obs, reward, terminated, truncated, _ = env.step(_in_space(action[0], env.action_space))
+                obs, reward, terminated, truncated, _ = env.step(in_space(action[0], env.action_space))
                 returns[episode] += float(reward)
                 lengths[episode] += 1
                 ended = terminated or truncated

@@ -18,7 +18,7 @@ from es_flipout.errors import UserError
 from es_flipout.policies.agent import Agent
 from es_flipout.rollout.builder import make_agent, make_one_env
 from es_flipout.runinfo import environment
-from es_flipout.training.checkpoint import atomic_write, load_tensors, save_tensors
+from es_flipout.training.checkpoint import atomic_write, load_generation, load_progress, load_tensors, save_tensors
 from es_flipout.training.evaluate import Evaluation
 from es_flipout.training.lock import LOCK
 
@@ -110,7 +110,9 @@ def save_policy(run_dir: Path, tensors: Mapping[str, Tensor], which: Which) -> N
     save_tensors(run_dir / _POLICIES[which], dict(tensors))
 
 
-def load_agent(run_dir: Path, which: Which = "best", trust: bool = False) -> tuple[Agent, TrainConfig]:
+def load_agent(
+    run_dir: Path, which: Which = "best", trust: bool = False, generation: int | None = None
+) -> tuple[Agent, TrainConfig]:
     """Load a trained agent of a run directory, and the configuration of the run.
 
     Args:
@@ -118,16 +120,35 @@ def load_agent(run_dir: Path, which: Which = "best", trust: bool = False) -> tup
         which: the mean policy with the best score of training, or the last one. A run that was not scored yet has only
             the last one.
         trust: see :func:`read_config`.
+        generation: load the mean policy of the checkpoint of this generation instead.
 
     Raises:
-        UserError: the directory is missing or incomplete, or is not trusted.
+        UserError: the directory is missing or incomplete, or is not trusted, or has no such checkpoint.
     """
     config = read_config(run_dir, trust)
     env = make_one_env(config)
     agent = make_agent(config, env)
     env.close()
-    agent.load_state_dict(load_tensors(run_dir / _POLICIES[_at_hand(run_dir, which)]))
+    if generation is None:
+        agent.load_state_dict(load_tensors(run_dir / _POLICIES[_at_hand(run_dir, which)]))
+    else:
+        agent.load_state_dict(_mean_policy(load_generation(run_dir / "checkpoints", generation)))
     return agent, config
+
+
+def generation_of(run_dir: Path, which: Which) -> int | None:
+    """Return the generation of the best or the last policy; None if that is unknown."""
+    progress = load_progress(run_dir / "checkpoints")
+    if progress is None:
+        return None
+    return progress.generation if _at_hand(run_dir, which) == "last" else progress.best_generation
+
+
+def _mean_policy(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of an agent from those of a checkpoint."""
+    parts = {name: name.partition(".") for name in checkpoint}
+    mean = {f"policy.{rest}": checkpoint[name] for name, (part, _, rest) in parts.items() if part == "module"}
+    return mean | {name: checkpoint[name] for name, (part, _, _) in parts.items() if part == "observation_norm"}
 
 
 def _at_hand(run_dir: Path, which: Which) -> Which:

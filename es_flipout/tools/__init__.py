@@ -1,0 +1,1 @@
+"""What one does after training: load, export, render, play and plot runs."""
