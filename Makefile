@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check bench clean
+.PHONY: help train test test-all check docs docs-serve bench clean
 
 help: ## show this text
 	@echo "usage: make TARGET [PYTHON=python3.11] [ARGS='...']"
@@ -31,6 +31,12 @@ check: $(INSTALLED) ## style, format, types and the one-way order of imports
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/pyright
 	@said=$$($(BIN)/lint-imports --no-logo --no-cache) || { echo "$$said"; exit 1; }
+
+docs: $(INSTALLED) ## the documentation site, in build/site; a broken link or reference is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(INSTALLED) ## the site at http://127.0.0.1:8000, built again when a page changes
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(INSTALLED) ## speed of rollouts and of the population forward on this machine
 	@$(BIN)/es-flipout bench rollout $(ARGS)

@@ -45,7 +45,9 @@ class EvolutionStrategy:
         antithetic: evaluate every perturbation together with its negative.
         seed: determines all random numbers of the strategy.
         device: device to compute on; by default that of the module.
-        row_block, kernels, precision: see :class:`es_flipout.strategy.population.ForwardSettings`.
+        row_block: see :class:`es_flipout.strategy.population.ForwardSettings`, as for the next two.
+        kernels: ``"auto"``, ``"torch"`` or ``"triton"``.
+        precision: precision of the matrix products in the Triton kernels.
         shaping: weights of the members, ``"ranks"`` or ``"differences"``; see :mod:`es_flipout.strategy.shaping`.
 
     Raises:
