@@ -257,20 +257,27 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def plot_seeds(
-    axis: Axes, curves: Frame, x: str, y: str, color: str, label: str | None = None, band: bool = False
+    axis: Axes,
+    curves: Frame,
+    x: str,
+    y: str,
+    color: str,
+    label: str | None = None,
+    band: int | None = None,
+    style: str = "-",
 ) -> None:
     """Plot the median of column ``y`` over the seeds thick, and every seed thin, against column ``x``.
 
-    With ``band`` the range from the second smallest to the second largest of four or more seeds is shaded instead.
+    With ``band`` the range of the seeds is shaded instead, without so many of them at either end; 0 is all of it.
     """
     import numpy as np
 
     lines = [(own[x].to_numpy(), own[y].to_numpy()) for _, own in groups(curves, "seed")]
     grid = np.linspace(max(xs[0] for xs, _ in lines), min(xs[-1] for xs, _ in lines), 200)
     values = np.sort([np.interp(grid, xs, ys) for xs, ys in lines], axis=0)
-    axis.plot(grid, np.median(values, axis=0), color=color, linewidth=1.8, label=label)
-    if not band:
+    axis.plot(grid, np.median(values, axis=0), style, color=color, linewidth=1.8, label=label)
+    if band is None:
         for xs, ys in lines:
             axis.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
-    elif len(lines) >= 4:
-        axis.fill_between(grid, values[1], values[-2], color=color, alpha=0.12, linewidth=0)
+    elif len(lines) > 2 * band + 1:
+        axis.fill_between(grid, values[band], values[-1 - band], color=color, alpha=0.12, linewidth=0)

@@ -114,7 +114,7 @@ def compare(doc: str | None, tasks: Changes, variants: Changes) -> Path:
     return options.out
 
 
-def plot_comparison(out: Path, tasks: Changes, variants: Changes, title: str = "{}", band: bool = False) -> None:
+def plot_comparison(out: Path, tasks: Changes, variants: Changes, title: str = "{}", band: int | None = None) -> None:
     """``figure.png``: a panel for each task, where every variant has a color; for ``band`` see ``plot_seeds``."""
     curves = read_curves(out)
     envs = [env_id for env_id in tasks if env_id in set(curves["env_id"])]

@@ -36,7 +36,7 @@ def main() -> None:
     """Run the comparison, and write the table and the figure."""
     out = compare(__doc__, TASKS, FAMILIES)
     report.write_table(out, table(out))
-    plot_comparison(out, TASKS, FAMILIES, band=True)
+    plot_comparison(out, TASKS, FAMILIES, band=1)
 
 
 def table(out: Path) -> str:

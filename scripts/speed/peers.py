@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from es_flipout.errors import UserError
 from scripts import report
+from scripts.peer_environment import installed
 
 TORCH = "torch==2.13.0"
 # gymnax needs six
@@ -59,26 +59,10 @@ def main() -> None:
     if not options.render:
         if options.venv is None:
             raise UserError("give the folder of the peers' environment with --venv")
-        python = installed(options.venv)
+        python = installed(options.venv, TORCH, PEERS)
         report.begin(options.out, report.config_of(options, "venv") | {"peers": [TORCH, *PEERS]}, fresh=True)
         measure(options, python)
     report.write_table(options.out, table(options.out))
-
-
-def installed(folder: Path) -> Path:
-    """The Python of the peers' environment, which is created when it does not exist."""
-    python = folder / "bin" / "python"
-    marker = folder / "peers.json"
-    if marker.exists() and json.loads(marker.read_text()) == [TORCH, *PEERS]:
-        return python
-    print(f"installing {', '.join(PEERS)} in {folder}", flush=True)
-    venv.create(folder, with_pip=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-    for wanted in ((TORCH,), (TORCH, *PEERS)):  # torch first and alone, so that nothing brings another build of it
-        if subprocess.run([*pip, *wanted], check=False).returncode:
-            raise UserError(f"could not install {', '.join(wanted)}; see pip's messages above")
-    marker.write_text(json.dumps([TORCH, *PEERS]))
-    return python
 
 
 def measure(options: argparse.Namespace, peers_python: Path) -> None:
