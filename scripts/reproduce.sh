@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made results/, in order, with its cost in minutes on two cores.
 #
-#   scripts/reproduce.sh             everything: about five hours
+#   scripts/reproduce.sh             everything: about ten hours
 #   scripts/reproduce.sh families    only results/families_$WHERE; NAMES are the first words of the lines below
 #
 # The folders are called results/NAME_$WHERE; the committed ones have WHERE=epyc-2core_2026-11, and the date keeps them as they
@@ -28,6 +28,7 @@ run families scripts/learning/families.py # 126: train_s
 run learning scripts/learning/presets.py # 56: train_s
 run methods scripts/learning/methods.py # 50: estimate
 run memory scripts/learning/memory.py   # 8: train_s
+run against_rl scripts/learning/against_rl.py --venv "${TMPDIR:-/tmp}/es_flipout_rl" # 320: wall_s, with evaluation; 1.5 GB to install
 
 run paper_variance scripts/paper/variance.py                   # 15: estimate
 run paper_bayes_by_backprop scripts/paper/bayes_by_backprop.py # 25: seconds

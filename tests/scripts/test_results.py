@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/table.md"))
 SCRIPTS = {
+    "against_rl": "learning.against_rl",
     "compare": "speed.compare",
     "families": "learning.families",
     "learning": "learning.presets",
