@@ -195,6 +195,11 @@ class _Line(NamedTuple):
         return max(round(self.fixed + self.per_member * members + self.per_slot * slots), 0)
 
 
+def _counting_device() -> torch.device:
+    """Return where the objects of a run on a GPU are counted: most of them store the same on any other device."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class _Model:
     """The bytes of a run as a function of its slots.
 
@@ -206,9 +211,7 @@ class _Model:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._on_gpu = config.compute.physics == "gpu"
-        # Most counts do not depend on the device; only environments may store something else on another one.
-        has_gpu = torch.cuda.is_available()
-        self._device = torch.device("cuda" if self._on_gpu and has_gpu else "cpu")
+        self._device = _counting_device() if self._on_gpu else torch.device("cpu")
         sizes = [(_SMALL_MEMBERS, _SMALL_SLOTS), (2 * _SMALL_MEMBERS, _SMALL_SLOTS), (_SMALL_MEMBERS, 2 * _SMALL_SLOTS)]
         counted = [self._counted(members, slots) for members, slots in sizes]
         self._lines = {name: _Line.through(*(one[name] for one in counted)) for name in counted[0]}

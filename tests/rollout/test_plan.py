@@ -45,6 +45,13 @@ def test_predicts_what_a_run_on_a_device_stores(changes: dict[str, Any]) -> None
     assert planned_run.parts["perturbations"] == pytest.approx(stored_bytes(population), rel=0.02)
 
 
+@pytest.mark.parametrize("changes", KINDS)
+def test_counts_on_one_device(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like a GPU, the device "meta" raises at tensors that are mixed with those of the CPU."""
+    monkeypatch.setattr(plan_module, "_counting_device", lambda: torch.device("meta"))
+    assert make_plan(CONFIG.replace(device="cuda", physics="gpu", **{"slots": 512} | changes)).slots in (256, 512)
+
+
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "HalfCheetah-v5"])
 def test_predicts_what_a_run_on_the_cpu_stores(env_id: str) -> None:
     config = CONFIG.replace(env_id=env_id, device="cpu", physics="cpu", slots=300, threads=1, row_block=128)
