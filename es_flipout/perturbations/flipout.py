@@ -227,12 +227,19 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         v = self.members.fold(u).to(self.mean.dtype)
         total = torch.zeros_like(self.mean)
         for m, base in enumerate(self.base):
-            own = slice(None) if len(self.base) == 1 else (self.base_of_source == m).nonzero()[:, 0]
-            response = self._response(v, own)
+            response = self._response(v, self._sources_of(m))
             total.addcmul_(base, response.view(*response.shape, *(1,) * (base.ndim - 2)))
         return total
 
-    def _response(self, v: Tensor, own: slice | Tensor) -> Tensor:
+    def _sources_of(self, m: int) -> slice:
+        """Return which of these members' noise sources use base ``m``: consecutive ones, known without the device."""
+        members, bases = self.members, len(self.base)
+        sources = members.population_size // members.per_source
+        first = members.first // members.per_source
+        start, end = (max(-(-number * sources // bases) - first, 0) for number in (m, m + 1))
+        return slice(start, end)
+
+    def _response(self, v: Tensor, own: slice) -> Tensor:
         """Compute R^T diag(v) S over some of the sources, ``(d0, d1)``."""
         if isinstance(self.r, PackedSigns) or isinstance(self.s, PackedSigns):
             from es_flipout.kernels.weighted_sum import weighted_sum
