@@ -23,6 +23,7 @@ run() { # NAME SCRIPT [OPTIONS]
 }
 
 trained=runs/trained_CartPole-v1
+humanoid=runs/lengths_Humanoid-v5
 
 run families scripts/learning/families.py # 126: train_s
 run learning scripts/learning/presets.py # 56: train_s
@@ -45,6 +46,11 @@ run paper_update_time scripts/paper/update_time.py --rounds 2 --batch 32        
 run peers scripts/speed/peers.py --venv "${TMPDIR:-/tmp}/es_flipout_peers" --env-ids HalfCheetah-v5 \
     --engines es_flipout es_flipout_classic_ray evotorch ars_linear --rounds 1 --seconds 5 # 4: seconds, and a warm-up; 1.5 GB to install
 run scaling scripts/speed/scaling.py --tasks HalfCheetah-v5                              # 3: estimate
+if [[ (-z $only || $only == occupancy) && ! -d $humanoid ]]; then
+    "$PYTHON" -m es_flipout train Humanoid-v5 --run-dir "$humanoid" --policy linear --population-size 96 --sigma .03 --learning-rate .03 \
+        --no-remove-alive-bonus --score-every 20 --checkpoint-every 20 --keep-checkpoints 1000 --env-steps 1052000 # 10: estimate
+fi
+run occupancy scripts/speed/occupancy.py --run-dir "$humanoid" # 1: estimate
 
 if [[ -n $only && " $known " != *" $only "* ]]; then
     echo "there is no $only; choose from$known" >&2

@@ -60,10 +60,11 @@ def place(config: TrainConfig, say: Say | None = None) -> TrainConfig:
             raise UserError(f"physics gpu was requested, but {missing}; use --physics cpu")
         return Placement("cpu", "cpu").of(config)
     options = _options(config)
-    if len(options) == 1:
-        chosen = options[0]
-    else:
-        chosen = faster(options, lambda option: measured(option.of(config), say=say), say)
+
+    def measure(option: Placement) -> float:
+        return measured(option.of(config), say=say)
+
+    chosen = options[0] if len(options) == 1 else faster(options, measure, say)
     return _with_slots(chosen.of(config)) if compute.backend == "local" else chosen.of(config)
 
 

@@ -31,7 +31,7 @@ _DOUBT = 8  # a run that may need this many times its lower bound is planned
 _MOST_BYTES_OF_A_SLOT = 1 << 20
 _MOST_SLOTS = 1 << 16  # more do not speed up physics on a GPU
 # About as many slots keep a GPU busy, so that fewer steps, rather than fewer slots, shorten a generation.
-_BUSY_SLOTS = {"torch": _MOST_SLOTS, "mujoco": 1 << 13}
+BUSY_SLOTS = {"torch": _MOST_SLOTS, "mujoco": 1 << 13}
 _FLOAT, _DOUBLE = 4, 8
 _OPTIMIZER_COPIES = {"adam": 2, "sgd": 1, "clipup": 1}
 _DRAW_BYTES = 72  # temporary memory per random number: drawing one takes a few 64-bit words
@@ -285,7 +285,7 @@ class _Model:
     def device_slots(self) -> int:
         """See :func:`device_slots`."""
         jobs = self._config.strategy.population_size * self._config.task.episodes
-        busy = _BUSY_SLOTS[backend_of(self._config)] if self.terminates else None
+        busy = BUSY_SLOTS[backend_of(self._config)] if self.terminates else None
         return slots_in_turns(jobs, self._slots_that_fit(min(jobs, _MOST_SLOTS)), busy)
 
     def _slots_that_fit(self, most: int) -> int:

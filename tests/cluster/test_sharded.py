@@ -210,8 +210,8 @@ def on_a_card_of(free: int) -> type[ShardWorker]:
                 agent, player = builder.device_player(config, torch.device("cpu"))
                 return builder.Parts(agent, builder.make_strategy(config, agent.module, "cpu"), player)
 
-            setattr(sharded, "build", build)
-            setattr(plan, "free_bytes", lambda device: free)
+            sharded.build = build  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
+            plan.free_bytes = lambda device: free
             super().__init__(config, size, threads)
 
         def seen(self) -> tuple[str, int, list[int], int]:
@@ -230,7 +230,7 @@ def test_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardedPlayer, "WORKER", on_a_card_of(110_000))
     config = HOPPER.replace(env_id="CartPole-v1", device="cuda", physics="gpu", kernels="torch", row_block=8)
     here = config.replace(device="cpu", physics="cpu", slots=20)
-    agent, strategy, alone = build(here)
+    _, strategy, alone = build(here)
     _, home = local_player(here, 1)
     player = ShardedPlayer(config, home)
     ray = player._connection.ray

@@ -45,11 +45,10 @@ def test_predicts_what_a_run_on_a_device_stores(changes: dict[str, Any]) -> None
     assert planned_run.parts["perturbations"] == pytest.approx(stored_bytes(population), rel=0.02)
 
 
-@pytest.mark.parametrize("changes", KINDS)
-def test_counts_on_one_device(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Like a GPU, the device "meta" raises at tensors that are mixed with those of the CPU."""
     monkeypatch.setattr(plan_module, "_counting_device", lambda: torch.device("meta"))
-    assert make_plan(CONFIG.replace(device="cuda", physics="gpu", **{"slots": 512} | changes)).slots in (256, 512)
+    assert make_plan(CONFIG.replace(device="cuda", physics="gpu", slots=512)).slots == 512
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "HalfCheetah-v5"])
@@ -110,7 +109,7 @@ def test_slots_play_equal_turns(jobs: int, fits: int, busy: int | None, slots: i
 @pytest.mark.parametrize(("env_id", "slots"), [("Hopper-v5", 64), ("HalfCheetah-v5", 256), ("CartPole-v1", 256)])
 def test_where_episodes_can_end_there_are_fewer_slots(env_id: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environments are those of the CPU, which have the same tasks and are created faster."""
-    monkeypatch.setattr(plan_module, "_BUSY_SLOTS", {"torch": 65536, "mujoco": 60})
+    monkeypatch.setattr(plan_module, "BUSY_SLOTS", {"torch": 65536, "mujoco": 60})
     monkeypatch.setattr(plan_module, "_warp_env", lambda config, slots: make_env(env_id, slots, threads=1))
     with_free(monkeypatch, 10**12)
     config = CONFIG.replace(env_id=env_id, population_size=256, device="cuda", physics="gpu")

@@ -21,6 +21,7 @@ SCRIPTS = {
     "learning": "learning.presets",
     "memory": "learning.memory",
     "methods": "learning.methods",
+    "occupancy": "speed.occupancy",
     "paper_bayes_by_backprop": "paper.bayes_by_backprop",
     "paper_es": "paper.es",
     "paper_language_models": "paper.language_models",
