@@ -27,7 +27,8 @@ def installed(folder: Path, torch: str, others: Sequence[str]) -> Path:
     if marker.exists() and json.loads(marker.read_text()) == wanted:
         return python
     print(f"installing {', '.join(others)} in {folder}", flush=True)
-    venv.create(folder, with_pip=True)
+    if not python.exists():
+        venv.create(folder, with_pip=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
     for some in ([torch], wanted):  # torch first and alone, so that nothing brings another build of it
         if subprocess.run([*pip, *some], check=False).returncode:

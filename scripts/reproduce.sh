@@ -29,7 +29,7 @@ run families scripts/learning/families.py # 126: train_s
 run learning scripts/learning/presets.py # 56: train_s
 run methods scripts/learning/methods.py # 50: estimate
 run memory scripts/learning/memory.py   # 8: train_s
-run against_rl scripts/learning/against_rl.py --venv "${TMPDIR:-/tmp}/es_flipout_rl" # 320: wall_s, with evaluation; 1.5 GB to install
+run against_rl scripts/learning/against_rl.py --venv "${TMPDIR:-/tmp}/es_flipout_rl" # 285: wall_s, and evaluation; 1.5 GB to install
 
 run paper_variance scripts/paper/variance.py                   # 15: estimate
 run paper_bayes_by_backprop scripts/paper/bayes_by_backprop.py # 25: seconds
