@@ -130,6 +130,7 @@ class Runs:
         self.options, self.cores, self.peers = options, cores, peers
         self.rows = options.out / "rows.jsonl"
         self.writing = threading.Lock()
+        self.workers: set[subprocess.Popen[str]] = set()
         self.failed: list[str] = []
 
     def run(self) -> list[str]:
@@ -165,6 +166,8 @@ class Runs:
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for worker in self.workers.copy():
+                    worker.kill()
                 raise
 
     def attempt(self, job: Job, cores: list[int]) -> None:
@@ -238,16 +241,23 @@ class Runs:
                 [*command, json.dumps(asdict(spec))], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
             ) as worker,
         ):
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                row = json.loads(line) if line.startswith("{") else {}
-                if "versions" in row:
-                    self.note_versions("es_flipout" if ours else "peers", row["versions"])
-                elif row:
-                    take(row)
+            self.workers.add(worker)
+            try:
+                assert worker.stdout is not None
+                for line in worker.stdout:
+                    row = json.loads(line) if line.startswith("{") else {}
+                    if "versions" in row:
+                        self.note_versions("es_flipout" if ours else "peers", row["versions"])
+                    elif row:
+                        take(row)
+            except BaseException:
+                worker.kill()
+                raise
+            finally:
+                self.workers.discard(worker)
         if worker.returncode:
             said = messages.read_text(encoding="utf-8").split("\n")
-            last = next((line for line in reversed(said) if line.strip()), "no message")
+            last = next((line for line in reversed(said) if line.strip()), f"exit code {worker.returncode}")
             raise UserError(f"{spec.method} on {spec.env_id}, seed {spec.seed} failed: {last} (see {messages})")
 
     def note_versions(self, whose: str, versions: dict[str, str]) -> None:
