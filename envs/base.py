@@ -14,6 +14,10 @@ import gymnasium
 import torch
 from torch import Tensor
 
+ActionSpace = (
+    gymnasium.spaces.Box | gymnasium.spaces.Discrete | gymnasium.spaces.MultiDiscrete | gymnasium.spaces.MultiBinary
+)
+
 # The standard library, installed packages, and this one: errors are described by the code that calls them.
 _OURS = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "es_flipout"))
 _NOT_THEIRS = (*_OURS, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
@@ -59,7 +63,8 @@ class BatchEnv(ABC):
         num_envs: ``S``.
         observation_space: space of one slot, that of ``gymnasium.make(env_id, **kwargs)`` (flattened to one dimension);
             float32 with ``"mujoco-warp"``.
-        action_space: space of one slot: ``Box`` (continuous) or ``Discrete``.
+        action_space: space of one slot: ``Box`` (continuous), ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``, flattened
+            to one dimension; discrete actions start at 0.
         max_episode_steps: the time limit, at which episodes are truncated; ``None`` if the environment has none.
         alive_bonus: the part of the reward of every step that is given for being alive (0 if there is none).
         terminates: whether an episode can end before the time limit (also true where that is not known).
@@ -72,7 +77,7 @@ class BatchEnv(ABC):
     kwargs: dict[str, object]
     num_envs: int
     observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Box | gymnasium.spaces.Discrete
+    action_space: ActionSpace
     max_episode_steps: int | None
     alive_bonus: float
     terminates: bool = True
@@ -103,8 +108,8 @@ class BatchEnv(ABC):
         """Run one control step of the live slots.
 
         Args:
-            action: ``(S, A)`` floating point for ``Box``, ``(S,)`` int64 for ``Discrete``; rows of frozen slots are
-                ignored.
+            action: ``(S, A)`` floating point for ``Box``, ``(S,)`` int64 for ``Discrete``, ``(S, A)`` int64 for the other
+                spaces; rows of frozen slots are ignored.
             live: ``(S,)`` bool, ``None`` for all slots.
 
         Returns:

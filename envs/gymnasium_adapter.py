@@ -8,12 +8,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from es_flipout.envs.base import BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError, described
+from es_flipout.envs.base import ActionSpace, BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError, described
 
 
 class Freezable(gymnasium.Wrapper):
@@ -49,8 +49,8 @@ class Freezable(gymnasium.Wrapper):
 class GymnasiumBatchEnv(BatchEnv):
     """A Gymnasium environment on the CPU, one Python object per slot.
 
-    Observations that are not a one-dimensional ``Box``, and ``Box`` actions of any shape, are flattened; ``Discrete``
-    actions start at 0. A non-finite observation terminates the slot with reward 0, and the slot keeps returning its
+    Observations that are not a one-dimensional ``Box``, and actions of any shape, are flattened; discrete actions start at
+    0. A non-finite observation terminates the slot with reward 0, and the slot keeps returning its
     last finite observation.
     """
 
@@ -147,6 +147,9 @@ class GymnasiumBatchEnv(BatchEnv):
         space = self._inner_action_space
         if isinstance(space, Discrete):
             return np.where(mask, action.numpy(), 0) + space.start
+        if isinstance(space, MultiDiscrete | MultiBinary):
+            whole = np.where(mask[:, None], action.numpy(), 0).astype(space.dtype).reshape(self.num_envs, *space.shape)
+            return whole + space.start if isinstance(space, MultiDiscrete) else whole
         actions = np.where(mask[:, None], action.detach().numpy(), 0.0).astype(space.dtype)
         return actions.reshape(self.num_envs, *space.shape)
 
@@ -172,17 +175,24 @@ def _flat_box(env_id: str, space: gymnasium.Space) -> Box:
     return space
 
 
-def _supported_action_space(env_id: str, space: gymnasium.Space) -> Box | Discrete:
+def _supported_action_space(env_id: str, space: gymnasium.Space) -> ActionSpace:
     """Return the environment's action space, extracted from that of :class:`Freezable`."""
     inner = space[1] if isinstance(space, gymnasium.spaces.Tuple) else space
-    if isinstance(inner, Discrete) or (isinstance(inner, Box) and np.issubdtype(inner.dtype, np.floating)):
+    is_float_box = isinstance(inner, Box) and np.issubdtype(inner.dtype, np.floating)
+    if is_float_box or isinstance(inner, Discrete | MultiDiscrete | MultiBinary):
         return inner
-    raise UnsupportedEnvironmentError(f"{env_id}: actions must be Discrete or a floating-point Box, not {inner}")
+    raise UnsupportedEnvironmentError(
+        f"{env_id}: actions must be Discrete, MultiDiscrete, MultiBinary or a floating-point Box, not {inner}"
+    )
 
 
-def _shown_action_space(space: Box | Discrete) -> Box | Discrete:
+def _shown_action_space(space: ActionSpace) -> ActionSpace:
     if isinstance(space, Discrete):
         return Discrete(int(space.n))
+    if isinstance(space, MultiDiscrete):
+        return MultiDiscrete(space.nvec.ravel())
+    if isinstance(space, MultiBinary):
+        return MultiBinary(int(np.prod(space.shape)))
     return Box(space.low.ravel(), space.high.ravel(), dtype=space.dtype.type)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from es_flipout.envs.base import BatchEnv, UnsupportedEnvironmentError, described
 from es_flipout.envs.classic import CLASSIC_TASKS
+from es_flipout.envs.factory import Factory, register_factory
 from es_flipout.envs.gymnasium_adapter import GymnasiumBatchEnv
 from es_flipout.envs.mujoco_tasks import MUJOCO_TASKS
 from es_flipout.envs.native import NativeBatchEnv, build_task
@@ -40,7 +41,7 @@ def native_env_ids() -> dict[str, str]:
 
 
 def make_env(
-    env_id: str,
+    env_id: str | Factory,
     num_envs: int,
     device: str | torch.device = "cpu",
     *,
@@ -52,7 +53,8 @@ def make_env(
     """Create a batch of environments, with the native implementation of ``env_id`` if there is one.
 
     Args:
-        env_id: a Gymnasium id; the prefix ``es_flipout/`` of the vector environments is allowed.
+        env_id: a Gymnasium id; the prefix ``es_flipout/`` of the vector environments is allowed. Or a function (or class)
+            that returns a Gymnasium environment.
         num_envs: the number of slots.
         device: device of the tensors. Torch environments run on any device; MuJoCo tasks on the CPU and, with the extra
             ``gpu``, on CUDA (:class:`es_flipout.envs.mujoco_gpu.MujocoWarpBatchEnv`); others on the CPU.
@@ -65,6 +67,8 @@ def make_env(
         UnsupportedEnvironmentError: the id, a keyword, a space or the device is not supported.
         ValueError: ``num_envs`` is not positive.
     """
+    if not isinstance(env_id, str):
+        env_id = register_factory(env_id)
     if observed is not None:
         whole = make_env(env_id, num_envs, device, threads=threads, vectorization_mode=vectorization_mode, **kwargs)
         return observe(whole, observed)

@@ -58,6 +58,11 @@ def _require(condition: bool, name: str, need: str, value: object) -> None:
         raise UserError(f"{name.replace('_', '-')} must be {need}, got {value}")
 
 
+def _fraction(*parts: tuple[int, int | None]) -> float:
+    """Return the largest fraction of ``(done, end)``, at most 1; without an end, 0."""
+    return min(max(0.0 if end is None else done / end for done, end in parts), 1.0)
+
+
 def _linear(start: float, end: float | None, progress: float) -> float:
     return start if end is None else start + (end - start) * progress
 
@@ -244,6 +249,10 @@ class Schedule:
     """Stop after this many generations."""
     env_steps: int | None = None
     """Stop after the generation that reaches this many environment steps."""
+    anneal_generations: int | None = None
+    """Generation at which sigma, learning rate and episode cap reach their final values; None for the end of the run."""
+    anneal_env_steps: int | None = None
+    """Environment steps at which they do."""
     starts: int = 1
     """Independent starts, of which the one with the highest score goes on."""
     start_fraction: float = 0.05
@@ -257,7 +266,7 @@ class Schedule:
         """
         _check_values(self)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)
-        _at_least_one_or_none(self, "generations", "env_steps")
+        _at_least_one_or_none(self, "generations", "env_steps", "anneal_generations", "anneal_env_steps")
         _at_least_one(self, "starts")
         _require(
             0 < self.start_fraction * self.starts < 1 or self.starts == 1,
@@ -268,12 +277,24 @@ class Schedule:
 
     def progress(self, generation: int, env_steps: int) -> float:
         """Return the completed fraction of the run, in [0, 1]: the larger of generations' and environment steps'."""
-        done = 0.0
-        if self.generations is not None:
-            done = max(done, generation / self.generations)
-        if self.env_steps is not None:
-            done = max(done, env_steps / self.env_steps)
-        return min(done, 1.0)
+        return _fraction((generation, self.generations), (env_steps, self.env_steps))
+
+    def annealed(self, generation: int, env_steps: int) -> float:
+        """Return the completed fraction of the changes of sigma, learning rate and episode cap, in [0, 1]."""
+        if self.anneal_generations is None and self.anneal_env_steps is None:
+            return self.progress(generation, env_steps)
+        return _fraction((generation, self.anneal_generations), (env_steps, self.anneal_env_steps))
+
+    def extended(self, generations: int | None, env_steps: int | None) -> Schedule:
+        """Return this schedule with another end; sigma, learning rate and episode cap change as if it were the same.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        changes = {"generations": generations, "env_steps": env_steps}
+        if self.anneal_generations is None and self.anneal_env_steps is None:
+            changes |= {"anneal_generations": self.generations, "anneal_env_steps": self.env_steps}
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,11 +51,16 @@ def build(kind: type, values: object, subject: str) -> Any:
         raise TypeError(f"{subject} is not a JSON object")
     hints = typing.get_type_hints(kind)
     expect(values, hints, f"in {subject} ")
-    return kind(**{name: _typed(value, hints[name], f"{subject}.{name}") for name, value in values.items()})
+    return kind(**{name: typed(value, hints[name], f"{subject}.{name}") for name, value in values.items()})
 
 
-def _typed(value: Any, hint: Any, name: str) -> Any:
-    """Convert a JSON value to the type of its field: JSON has no tuples, and may write whole floats as integers."""
+def typed(value: Any, hint: Any, name: str) -> Any:
+    """Convert a JSON value to the type of its field: JSON has no tuples, and may write whole floats as integers.
+
+    Raises:
+        TypeError: the value has another type.
+        OverflowError: a number does not fit into 64 bits.
+    """
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         match typing.get_origin(option) or option:
@@ -64,7 +69,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             case typing.Literal if isinstance(value, str):
                 return value  # checked by the dataclass, whose message names the choices
             case builtin if builtin is tuple and isinstance(value, list):
-                return tuple(_typed(item, typing.get_args(option)[0], name) for item in value)
+                return tuple(typed(item, typing.get_args(option)[0], name) for item in value)
             case builtin if builtin is float and isinstance(value, int | float) and not isinstance(value, bool):
                 return float(value)
             case builtin if builtin is int and type(value) is int:

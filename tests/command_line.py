@@ -16,7 +16,7 @@ SMALL = [
 # Environments as written by a user; `train oddities:NAME` imports the module, as gymnasium.make does.
 ODDITIES = """
 import gymnasium, numpy as np
-from gymnasium.spaces import Box, Discrete, MultiDiscrete, Sequence, Tuple
+from gymnasium.spaces import Box, Discrete, Sequence, Tuple
 
 class Odd(gymnasium.Env):
     steps = 0
@@ -42,7 +42,6 @@ class Odd(gymnasium.Env):
         return np.zeros(1, np.float32), reward, self.t == 3, False, {}
 
 for name, kwargs in {
-    "MultiDiscrete": {"action": MultiDiscrete([2, 3])},
     "TupleAction": {"action": Tuple((Discrete(2), Discrete(3)))},
     "SequenceObservation": {"observation": Sequence(Discrete(3))},
     "Unmakeable": {"init": "no license\\nfound"},

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -36,6 +37,7 @@ _ALIASES = {
 _NUMBER = re.compile(r"((?:\d[\d_]*)?(?:\.\d+)?(?<=\d)(?:[eE]\+?\d{1,2})?)([kKmMbBgG]?)", re.ASCII)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
+_UNNAMED = ""  # the environment, if it is that of a file
 _PRESET_OF_HELP = "HalfCheetah-v5"  # help shows the values of this preset if no environment is given
 
 
@@ -84,6 +86,8 @@ def parse_with_preset(options: type[Options], arguments: Sequence[str], command:
         make: Any = options
         return parse(options, arguments, command, make(config=dataclasses.replace(config, task=task)))
 
+    if (file := _value_of("--config", arguments)) is not None:
+        return _from_file(options, arguments, command, Path(file))
     env_id = arguments[0]
     if env_id.startswith("-"):
         # The environment follows the options, or help was requested: parse everything once to find it.
@@ -94,6 +98,46 @@ def parse_with_preset(options: type[Options], arguments: Sequence[str], command:
         # The preset's limit on environment steps must not end the run before the requested generations.
         return dataclasses.replace(typing.cast(Any, found), config=config_of(found).replace(env_steps=None))
     return found
+
+
+def _from_file(options: type[Options], arguments: Sequence[str], command: str, path: Path) -> Options:
+    """Parse options whose defaults are those of the configuration of another run."""
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = TrainConfig.from_json(path.read_text(encoding="utf-8"))
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    make: Any = options
+    task = dataclasses.replace(config.task, env_id=_UNNAMED)
+    found = parse(options, arguments, command, make(config=dataclasses.replace(config, task=task)))
+    parsed = config_of(found)
+    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    if parsed.task.env_id == _UNNAMED:
+        if config.task.module is not None:
+            raise UserError(
+                f"{path} is of {config.task.env_id}, which imports, and so executes, the Python module {config.task.module}; "
+                f"if you trust it, name the environment: es-flipout {command} {config.task.env_id} --config {path}"
+            )
+        parsed = parsed.replace(env_id=config.task.env_id)
+    if parsed.compute.backend == "ray" and config.compute.ray_address and "--ray-address" not in flags:
+        raise UserError(
+            f"{path} is of a run on the Ray cluster at {config.compute.ray_address}: name yours with --ray-address"
+        )
+    limits = {"--generations": "env_steps", "--env-steps": "generations"}
+    given = [flag for flag in limits if flag in flags]
+    if len(given) == 1:  # the other limit must not end the run before
+        parsed = parsed.replace(**{limits[given[0]]: None})
+    return dataclasses.replace(typing.cast(Any, found), config=parsed)
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """Return the value of a flag, before anything is parsed; None if it is not given or has no value."""
+    value = None
+    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, own = argument.partition("=")
+        if name == flag:
+            value = own if equals else after
+    return value
 
 
 def config_of(options: object) -> TrainConfig:
@@ -109,7 +153,7 @@ def _flags(options: type) -> dict[str, Any]:
             for flat, (subject, field) in PLACES.items():
                 hints[flat] = typing.get_type_hints(TrainConfig.SUBJECTS[subject])[field]
         else:
-            hints[name] = hint
+            hints["config" if name == "config_file" else name] = hint
     flags = {f"--{prefix}{name}".replace("_", "-"): hint for name, hint in hints.items() for prefix in ("", "no_")}
     return {"--help": bool, **flags}
 

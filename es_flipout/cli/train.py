@@ -21,6 +21,8 @@ class TrainOptions:
     """Train a policy. Defaults come from the preset of the environment."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Start from the configuration of another run: its directory or config.json. The environment may then be omitted."""
     run_dir: Path | None = None
     """Directory of the run, which must not exist yet; None creates one under runs/."""
 

@@ -19,7 +19,9 @@ class ActionMap:
 
     ``Discrete``: the action with the largest output. ``Box``: an output of -1 is the lower and +1 the upper bound of
     the action, 0 the middle; outputs outside are clipped (``clip``) or squashed (``tanh``). For an entry with an
-    infinite bound, the action is the output itself, clipped at the other bound.
+    an infinite bound, the action is the output itself, clipped at the other bound. ``MultiDiscrete``: one output for
+    every choice of every entry, and the largest of each entry is chosen. ``MultiBinary``: an entry is 1 if its output is
+    positive.
 
     Attributes:
         size: number of outputs that the network must have.
@@ -40,20 +42,35 @@ class ActionMap:
             self.middle = torch.where(self.bounded, (low + high) / 2, 0)
             self.half_range = torch.where(self.bounded, (high - low) / 2, 1)
             self.is_unit = bool((low == -1).all() and (high == 1).all())
+        elif isinstance(space, gymnasium.spaces.MultiDiscrete) and len(space.shape) == 1:
+            self.choices = [int(count) for count in space.nvec]
+            self.size = sum(self.choices)
+            self.starts = torch.as_tensor(space.start, dtype=torch.int64)
+        elif isinstance(space, gymnasium.spaces.MultiBinary) and len(space.shape) == 1:
+            self.size = space.shape[0]
         else:
-            raise UserError(f"the action space {space} is not supported; supported: Discrete and one-dimensional Box")
+            raise UserError(
+                f"the action space {space} is not supported; supported: Discrete, and Box, MultiDiscrete and MultiBinary of "
+                "one dimension"
+            )
 
     def to(self, device: torch.device) -> ActionMap:
         """Move the bounds to a device, in place, and return the map."""
-        if not isinstance(self.space, gymnasium.spaces.Discrete):
+        if isinstance(self.space, gymnasium.spaces.MultiDiscrete):
+            self.starts = self.starts.to(device)
+        elif isinstance(self.space, gymnasium.spaces.Box):
             for name in ("bounded", "low", "high", "middle", "half_range"):
                 setattr(self, name, getattr(self, name).to(device))
         return self
 
     def __call__(self, output: Tensor) -> Tensor:
-        """Map outputs ``(n, size)`` to ``(n,)`` int64 (Discrete) or ``(n, A)`` floating-point (Box) actions."""
+        """Map outputs ``(n, size)`` to actions: ``(n,)`` int64 (Discrete), ``(n, A)`` floating-point (Box) or int64."""
         if isinstance(self.space, gymnasium.spaces.Discrete):
             return output.argmax(-1) + self.start
+        if isinstance(self.space, gymnasium.spaces.MultiDiscrete):
+            return torch.stack([entry.argmax(-1) for entry in output.split(self.choices, -1)], -1) + self.starts
+        if isinstance(self.space, gymnasium.spaces.MultiBinary):
+            return (output > 0).long()
         action = output.clamp(-1, 1) if self.squash == "clip" else output.tanh()
         if self.is_unit:
             return action

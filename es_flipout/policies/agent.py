@@ -37,7 +37,7 @@ class Agent:
         Args:
             config: configuration of the policy.
             observation_space: a one-dimensional ``Box``.
-            action_space: ``Discrete`` or a one-dimensional ``Box``.
+            action_space: ``Discrete``, or a one-dimensional ``Box``, ``MultiDiscrete`` or ``MultiBinary``.
             observation_shape: shape of the observations before flattening, required by a convolutional policy.
 
         Raises:

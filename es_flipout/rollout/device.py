@@ -33,6 +33,7 @@ import gymnasium
 import torch
 from torch import Tensor
 
+from es_flipout.envs.base import ActionSpace
 from es_flipout.envs.native import SteppedInParts
 from es_flipout.policies.agent import Agent
 from es_flipout.rollout.episodes import (
@@ -61,7 +62,7 @@ class DeviceEnv(Protocol):
     num_envs: int
     device: torch.device
     observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Box | gymnasium.spaces.Discrete
+    action_space: ActionSpace
     max_episode_steps: int | None
     alive_bonus: float
 

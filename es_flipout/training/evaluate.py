@@ -69,11 +69,13 @@ def make_real_env(env_id: str, kwargs: dict[str, Any], observed: tuple[int, ...]
 
 
 def in_space(action: Tensor, space: gymnasium.Space) -> int | np.ndarray:
-    """Convert an action of this package, where ``Discrete`` starts at 0 and ``Box`` is flat, to one of Gymnasium."""
+    """Convert an action of this package, where discrete actions start at 0 and all are flat, to one of Gymnasium."""
     if isinstance(space, gymnasium.spaces.Discrete):
         return int(action) + int(space.start)
+    if isinstance(space, gymnasium.spaces.MultiDiscrete):
+        return action.numpy().reshape(space.shape).astype(space.dtype) + space.start
     assert space.shape is not None
-    return action.numpy().reshape(space.shape)
+    return action.numpy().astype(space.dtype, copy=False).reshape(space.shape)
 
 
 def evaluate(

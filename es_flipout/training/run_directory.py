@@ -62,6 +62,11 @@ def create(run_dir: Path, config: TrainConfig) -> None:
     atomic_write(run_dir / _CONFIG, config.to_json())  # last: with it, the run can be resumed
 
 
+def write_config(run_dir: Path, config: TrainConfig) -> None:
+    """Replace the configuration of a run that goes on with another end or on another device."""
+    atomic_write(run_dir / _CONFIG, config.to_json())
+
+
 def read_config(run_dir: Path, trust: bool = False) -> TrainConfig:
     """Read the configuration of a run directory.
 

@@ -10,6 +10,8 @@ import torch
 
 from es_flipout.cluster.sharded import build_sharded
 from es_flipout.config import TrainConfig
+from es_flipout.envs import register_factory
+from es_flipout.envs.factory import Factory
 from es_flipout.errors import UserError
 from es_flipout.rollout.builder import Parts, Say, backend_of, build, make_one_env
 from es_flipout.rollout.placement import place
@@ -36,7 +38,11 @@ def build_engine(config: TrainConfig, say: Say) -> Parts:
 
 
 def make_trainer(
-    config: TrainConfig, run_dir: Path | None = None, reporter: Reporter | None = None, build: Build = build_engine
+    config: TrainConfig,
+    run_dir: Path | None = None,
+    reporter: Reporter | None = None,
+    build: Build = build_engine,
+    factory: Factory | None = None,
 ) -> Trainer:
     """Create a trainer at the start of a run; nothing is written yet.
 
@@ -45,11 +51,15 @@ def make_trainer(
         run_dir: directory for all output; None to write nothing.
         reporter: shows progress and messages.
         build: builds the parts of the run once device and physics are decided.
+        factory: makes the Gymnasium environment that the configuration's ``env_id`` is the name of (any new name such as
+            ``Mine-v0``), for an environment that is not registered.
 
     Raises:
         UserError: the environment, a space or a device is not supported.
     """
     reporter = reporter if reporter is not None else Silent()
+    if factory is not None:
+        register_factory(factory, config.task.env_id)
     if config.schedule.generations is None and config.schedule.env_steps is None:
         raise UserError("the length of the run is missing: set --generations or --env-steps")
     if config.task.horizon is not None and backend_of(config) == "gymnasium":
@@ -97,14 +107,17 @@ def resume_trainer(
     changes: Mapping[str, Any] | None = None,
     build: Build = build_engine,
     trust: bool = False,
+    factory: Factory | None = None,
 ) -> Trainer:
     """Restore the run in ``run_dir`` from its newest checkpoint.
 
     Args:
         run_dir: directory of the run.
         reporter: shows progress and messages.
-        changes: options, by flat name, that select where to compute; they must not affect results.
+        changes: options, by flat name, that select where to compute or when to stop. The backend does not affect
+            results; another device rounds differently.
         build: see :func:`make_trainer`.
+        factory: see :func:`make_trainer`.
         trust: whether the module and the Ray cluster that the run names may be used: both can execute code here.
 
     Raises:
@@ -126,7 +139,7 @@ def resume_trainer(
     # A run that died before its first checkpoint starts from its configuration, which determines everything.
     untouched = not (run_dir / "metrics.csv").exists() and not checkpoints(run_dir / "checkpoints")
     saved = None if untouched else load_checkpoint(run_dir / "checkpoints")
-    trainer = make_trainer(config, run_dir, reporter, build)
+    trainer = make_trainer(config, run_dir, reporter, build, factory)
     if saved is None:
         trainer.save()
         return trainer

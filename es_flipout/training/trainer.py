@@ -109,7 +109,8 @@ class Trainer:
     def generation(self) -> Rollout:
         """Run one generation: ask, play, tell."""
         began = time.perf_counter()
-        strategy, fraction = self.strategy, self._fraction()
+        strategy = self.strategy
+        fraction = self.config.schedule.annealed(self.progress.generation, self.progress.env_steps)
         strategy.sigma = self.config.strategy.sigma_at(fraction)
         strategy.learning_rate = self.config.strategy.learning_rate_at(fraction)
         population = strategy.ask()

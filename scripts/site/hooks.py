@@ -26,7 +26,7 @@ _LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)#\s]+)(#[^)\s]*)?(\))")
 _CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 _ROLE = re.compile(r":(?:class|meth|func|attr|mod|data|exc):<code>~?([\w.]+)</code>")
-_ALSO = ("results/**/table.md", "results/**/*.png", "results/LOG.md", "CHANGELOG.md", "CONTRIBUTING.md")
+_ALSO = ("results/**/table.md", "results/**/*.png", "results/LOG.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
 def uri(path: Path) -> str:

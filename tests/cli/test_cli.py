@@ -371,8 +371,10 @@ def test_cuda_without_a_gpu(refused: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("MultiDiscrete", r"oddities:MultiDiscrete-v0: actions must be Discrete or .*Box, not MultiDiscrete"),
-        ("TupleAction", r"oddities:TupleAction-v0: actions must be Discrete or .*Box, not Tuple"),
+        (
+            "TupleAction",
+            r"oddities:TupleAction-v0: actions must be Discrete, MultiDiscrete, MultiBinary or .*Box, not Tuple",
+        ),
         ("SequenceObservation", r"oddities:SequenceObservation-v0: observations of .*Sequence"),
         (
             "Unmakeable",

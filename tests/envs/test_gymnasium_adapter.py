@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Sequence, flatten
+from gymnasium.spaces import Box, Dict, Discrete, Sequence, flatten
 
 from es_flipout.envs import EnvironmentFailureError, UnsupportedEnvironmentError, make_env
 from tests.envs.oracle import Oracle, random_action
@@ -158,8 +158,8 @@ def test_an_exception_in_the_environment_is_named() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"action_space": MultiBinary(3)}, "actions must be Discrete or a floating-point Box"),
-        ({"action_space": Box(0, 5, (2,), np.int64)}, "actions must be Discrete or a floating-point Box"),
+        ({"action_space": Sequence(Discrete(2))}, "actions must be Discrete, MultiDiscrete, MultiBinary or a"),
+        ({"action_space": Box(0, 5, (2,), np.int64)}, "or a floating-point Box"),
         ({"observation_space": Sequence(Discrete(2))}, "EsFlipoutCounter-v0"),
         ({"color": "red"}, "EsFlipoutCounter-v0 cannot be created"),
     ],

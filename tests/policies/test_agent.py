@@ -6,11 +6,12 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import Tensor
 
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
+from es_flipout.policies.action_map import ActionMap
 from es_flipout.policies.agent import Agent
 from es_flipout.policies.observation_norm import Moments, ObservationNorm
 from es_flipout.training.checkpoint import load_tensors, save_tensors
@@ -108,7 +109,18 @@ def test_missing_statistics_are_refused() -> None:
         agent().load_state_dict(without.state_dict())
 
 
-@pytest.mark.parametrize("space", [MultiDiscrete([2, 3]), Tuple((Discrete(2), Discrete(3)))])
+def test_several_choices_at_once() -> None:
+    space = MultiDiscrete([2, 3], start=[5, -1])
+    action = ActionMap(space)
+    assert action.size == 5
+    chosen = action(torch.tensor([[0.0, 1.0, 9.0, 0.0, 2.0], [3.0, 1.0, -2.0, 0.0, 2.0]]))
+    assert chosen.tolist() == [[6, -1], [5, 1]]
+    assert all(space.contains(row.numpy()) for row in chosen)
+    binary = ActionMap(MultiBinary(3))
+    assert binary(torch.tensor([[-0.1, 0.0, 0.1]])).tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize("space", [MultiDiscrete([[2, 3]]), Tuple((Discrete(2), Discrete(3)))])
 def test_unsupported_action_spaces_are_named(space: gymnasium.Space) -> None:
     with pytest.raises(UserError, match=r"action space (MultiDiscrete|Tuple)"):
         agent(action_space=space)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from es_flipout.bench.classic.noise_table import noise_table
+from es_flipout.errors import UserError
 from es_flipout.runinfo import versions
 
 BLOCK = 4  # members whose observations are summed together; fixed, so that sums do not depend on the split into tasks
@@ -194,7 +195,8 @@ class NumpyActionMap:
         if isinstance(space, gymnasium.spaces.Discrete):
             self._start = int(space.start)
             return
-        assert isinstance(space, gymnasium.spaces.Box)
+        if not isinstance(space, gymnasium.spaces.Box):
+            raise UserError(f"classic workers act in Discrete and Box spaces only, not in {space}")
         self._shape, self._dtype = space.shape, np.dtype(space.dtype)
         low, high = space.low.ravel().astype(np.float32), space.high.ravel().astype(np.float32)
         self._squash = squash == "tanh"
