@@ -1,4 +1,4 @@
-"""Links in the pages of docs/ exist, and the commands and options they show are valid."""
+"""Links in the pages of docs/ lead somewhere, and the files that are not run here are valid."""
 
 import re
 import tomllib
@@ -9,23 +9,13 @@ import pytest
 from scripts.checks.dockerfile import instructions
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LINKS = [(p, link) for p in PAGES for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", p.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.name}-{link}" for page, link in LINKS])
 def test_links_lead_somewhere(page: Path, link: str) -> None:
     assert (page.parent / link).exists()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_options_exist(page: Path) -> None:
-    from es_flipout.config import PLACES
-
-    known = {f"--{name.replace('_', '-')}" for name in PLACES} | {"--json"}
-    lines = re.findall(r"es-flipout (?:train|resume|evaluate) [^\n`'#]*", page.read_text(encoding="utf-8"))
-    options = {option for line in lines for option in re.findall(r"(?<=\s)--[a-z-]+", line)}
-    assert options <= known | {"--episodes", "--run-dir"}
 
 
 def test_cluster_file_fits_the_schema_of_the_installed_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,13 +56,13 @@ def measure(task: Task, quick: bool = False) -> Constants:
     env.close()
     weights = {name: value.numpy() for name, value in agent.state_dict().items()}
     handled = {members: handling(agent.obs_dim, members, weights, 8 if quick else 64) for members in (32, 512)}
-    share_member = slope(handled)
+    shard_member = slope(handled)
     total, part = torch.zeros(1 << 20), torch.ones(1 << 20)
     return Constants(
         **worker_constants(task, weights, 64 if quick else 256),
         **update_constants(config, agent.module, (256, 1024) if quick else (4096, 32_768)),
-        share_s=max(handled[32] - 32 * share_member, 0.0),
-        share_member_s=share_member,
+        shard_s=max(handled[32] - 32 * shard_member, 0.0),
+        shard_member_s=shard_member,
         add_s=best(lambda: total.add_(part), 5) / len(total),
         weights_bytes=sum(value.nbytes for value in weights.values()),
         observations=agent.obs_dim,
@@ -88,7 +88,7 @@ def worker_constants(task: Task, weights: Arrays, members: int) -> dict[str, Any
     return {
         "step_s": step,
         "worker_member_s": max(seconds[0] - lengths[0] * step, 0.0),
-        "share_bytes": overhead,
+        "shard_bytes": overhead,
     }
 
 
@@ -125,8 +125,8 @@ def _tell_seconds(strategy: EvolutionStrategy, returns: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-def handling(observations: int, members: int, weights: Arrays, shares: int) -> float:
-    """Seconds of the training process for a share of ``members``: sent, answered at once, received."""
+def handling(observations: int, members: int, weights: Arrays, shards: int) -> float:
+    """Seconds of the training process for a shard of ``members``: sent, answered at once, received."""
     blocks = torch.zeros(members // MOMENT_BLOCK, observations, dtype=torch.float64).numpy()
     returns = torch.zeros(members, 1, dtype=torch.float64).numpy()
     outcome = Outcome(returns, returns.astype("int64"), 1.0, blocks, blocks, 0, 0.0)
@@ -146,13 +146,13 @@ def handling(observations: int, members: int, weights: Arrays, shares: int) -> f
         actor = connection.ray.remote(num_cpus=0.5)(Echo)
         pool = Pool(connection, lambda: actor.remote(outcome), 2)
         generation = Generation(0, 0.1, None, True)
-        work = [Shard(i, returns.astype("int64"), members) for i in range(shares)]
+        work = [Shard(i, returns.astype("int64"), members) for i in range(shards)]
 
         def once() -> None:
             reference = connection.ray.put(weights)
             pool.work(work, lambda actor, shard: actor.play.remote(generation, shard, reference))
 
-        return best(once, 5) / shares
+        return best(once, 5) / shards
     finally:
         connection.close()
 

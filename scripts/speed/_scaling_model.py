@@ -1,6 +1,6 @@
 """The scaling model: bytes, time and bottleneck of a generation on a cluster, from constants measured on one machine.
 
-A share is what the engine calls a shard: consecutive members that a worker plays together.
+A shard is a number of consecutive members that a worker plays together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from es_flipout.cluster.sharded import shard_size
 from es_flipout.rollout.episodes import MOMENT_BLOCK, MOMENT_JOBS
 
-FEWEST_MEMBERS = 32  # of a share, as in es_flipout/cluster/sharded.py
+FEWEST_MEMBERS = 32  # of a shard, as in es_flipout/cluster/sharded.py
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Constants:
     tell_member_s: float  # of the training process, for a member's rank and part of the gradient
     rank_member_s: float  # the part of tell_member_s that is ranks
     generation_s: float  # of the training process, for a generation, whatever its members
-    share_s: float  # of the training process, for sending a share and receiving its outcome
-    share_member_s: float  # the same for each member of the share
+    shard_s: float  # of the training process, for sending a shard and receiving its outcome
+    shard_member_s: float  # the same for each member of the shard
     add_s: float  # of the training process, for adding one number to a sum
     member_bytes: float  # memory of a member's signs
     weights_bytes: int  # mean weights and observation statistics
-    share_bytes: int  # of a share and its outcome, without what grows with its members
+    shard_bytes: int  # of a shard and its outcome, without what grows with its members
     observations: int
     weights: int
 
@@ -48,10 +48,10 @@ class Prediction:
     """One generation: seconds of its parts (``play_s``: of the worker with most to do), and bytes of the training process."""
 
     workers: int
-    shares: int
+    shards: int
     play_s: float
     head_s: float
-    share_s: float
+    shard_s: float
     network_s: float
     bytes_down: int
     bytes_up: int
@@ -59,8 +59,8 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of the generation: shares are handled while others play, all else waits."""
-        return self.head_s + self.network_s + max(self.play_s, self.share_s)
+        """Of the generation: shards are handled while others play, all else waits."""
+        return self.head_s + self.network_s + max(self.play_s, self.shard_s)
 
     @property
     def at_play(self) -> float:
@@ -70,7 +70,7 @@ class Prediction:
     @property
     def next_bottleneck(self) -> str:
         """What costs most, apart from playing."""
-        parts = {"update in one process": self.head_s, "handling of shares": self.share_s, "network": self.network_s}
+        parts = {"update in one process": self.head_s, "handling of shards": self.shard_s, "network": self.network_s}
         return max(parts, key=lambda name: parts[name])
 
 
@@ -82,33 +82,33 @@ def predict(c: Constants, members: int, episode_steps: float, cluster: Cluster, 
         members: ``P``.
         episode_steps: of every episode.
         cluster: where.
-        remedies: as if every node summed its own members' part of the gradient and handed its shares to its own cores, so
+        remedies: as if every node summed its own members' part of the gradient and handed its shards to its own cores, so
             that the training process deals with nodes instead of members and cores.
     """
     workers = max(min(cluster.nodes * cluster.cores, members // FEWEST_MEMBERS), 1)
-    share = shard_size(members, workers)
-    shares = math.ceil(members / share)
-    turns = math.ceil(shares / workers)
-    play = turns * share * (episode_steps * c.step_s + c.worker_member_s)
+    size = shard_size(members, workers)
+    shards = math.ceil(members / size)
+    turns = math.ceil(shards / workers)
+    play = turns * size * (episode_steps * c.step_s + c.worker_member_s)
     observed = math.ceil(min(members, MOMENT_JOBS) / MOMENT_BLOCK) * 16 * c.observations
     down, up = cluster.nodes * c.weights_bytes + 8 * members, 16 * members + observed
     head = c.generation_s + members * (c.ask_member_s + c.tell_member_s)
-    units = shares
+    units = shards
     if remedies:
-        units = min(2 * cluster.nodes, shares)
-        play += turns * share * (c.tell_member_s - c.rank_member_s)
+        units = min(2 * cluster.nodes, shards)
+        play += turns * size * (c.tell_member_s - c.rank_member_s)
         head = c.generation_s + members * c.rank_member_s + cluster.nodes * c.weights * c.add_s
         down += 4 * members  # their ranks
         up += 4 * cluster.nodes * c.weights  # their sums
-    traffic = down + up + units * c.share_bytes
+    traffic = down + up + units * c.shard_bytes
     return Prediction(
         workers=workers,
-        shares=shares,
+        shards=shards,
         play_s=play,
         head_s=head,
-        share_s=units * c.share_s + members * c.share_member_s,
+        shard_s=units * c.shard_s + members * c.shard_member_s,
         network_s=traffic * 8 / (cluster.gbit * 1e9),
-        bytes_down=down + units * c.share_bytes // 2,
-        bytes_up=up + units * c.share_bytes // 2,
+        bytes_down=down + units * c.shard_bytes // 2,
+        bytes_up=up + units * c.shard_bytes // 2,
         env_steps=round(members * episode_steps),
     )

@@ -5,7 +5,7 @@ python scripts/speed/scaling.py --out ... --render                             #
 python scripts/speed/scaling.py --quick                                        # seconds, into runs/scaling_quick
 
 The model is a sum of measured constants (``_scaling_model.py``): what a worker needs per step and per member, what the training
-process needs per member and per share. Nothing in it is fitted to a training run. It is then checked against training with one
+process needs per member and per shard. Nothing in it is fitted to a training run. It is then checked against training with one
 and two Ray workers on this machine, and only after that applied to clusters that are not here. Assumed, not measured: the
 network, the price, and that the cores of a node do not slow each other down.
 """
@@ -106,7 +106,7 @@ def check(out: Path, constants: dict[str, Constants]) -> list[tuple[object, ...]
 
 
 PREDICTED = (
-    "task | members | nodes | shares | down | up | playing | shares handled | update | network | generation | "
+    "task | members | nodes | shards | down | up | playing | shards handled | update | network | generation | "
     "time at play | env steps/s | dollars a generation | next bottleneck"
 )
 
@@ -120,8 +120,8 @@ def predictions(
         for members, nodes in GRID:
             p = predict(c, members, 1000, Cluster(nodes, options.node_cores, options.gbit), remedies)
             dollars = p.seconds / 3600 * nodes * options.node_cores * options.price_core_hour
-            seconds = (p.play_s, p.share_s, p.head_s, p.network_s, p.seconds)
-            counts = (f"{members:,}", f"{nodes:,}", f"{p.shares:,}", _bytes(p.bytes_down), _bytes(p.bytes_up))
+            seconds = (p.play_s, p.shard_s, p.head_s, p.network_s, p.seconds)
+            counts = (f"{members:,}", f"{nodes:,}", f"{p.shards:,}", _bytes(p.bytes_down), _bytes(p.bytes_up))
             rates = (f"{p.at_play:.0%}", f"{p.env_steps / p.seconds:,.0f}", f"{dollars:.3g}")
             rows.append((name, *counts, *map(_time, seconds), *rates, p.next_bottleneck))
     return rows
@@ -129,16 +129,16 @@ def predictions(
 
 CONSTANTS: dict[str, Callable[[Constants], str]] = {
     "a worker's environment step, with the policy": lambda c: f"{c.step_s * 1e6:.1f} µs",
-    "a worker's share of drawing a member and starting its episode": lambda c: f"{c.worker_member_s * 1e6:.0f} µs",
+    "a worker's time of drawing a member and starting its episode": lambda c: f"{c.worker_member_s * 1e6:.0f} µs",
     "training process: drawing a member": lambda c: f"{c.ask_member_s * 1e6:.2f} µs",
     "training process: a member's rank and part of the gradient": lambda c: f"{c.tell_member_s * 1e6:.2f} µs",
     "of this, its rank": lambda c: f"{c.rank_member_s * 1e6:.2f} µs",
     "training process: a generation, whatever its members": lambda c: f"{c.generation_s * 1e3:.2f} ms",
-    "training process: a share through Ray, there and back": lambda c: f"{c.share_s * 1e3:.2f} ms",
-    "the same, for each of its members": lambda c: f"{c.share_member_s * 1e6:.2f} µs",
+    "training process: a shard through Ray, there and back": lambda c: f"{c.shard_s * 1e3:.2f} ms",
+    "the same, for each of its members": lambda c: f"{c.shard_member_s * 1e6:.2f} µs",
     "training process: memory of a member's signs": lambda c: _bytes(round(c.member_bytes)),
     "mean weights and observation statistics": lambda c: _bytes(c.weights_bytes),
-    "a share and its outcome, without its members": lambda c: _bytes(c.share_bytes),
+    "a shard and its outcome, without its members": lambda c: _bytes(c.shard_bytes),
 }
 
 

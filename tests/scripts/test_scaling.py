@@ -24,12 +24,12 @@ CONSTANTS = Constants(
     tell_member_s=3e-6,
     rank_member_s=1e-6,
     generation_s=0.01,
-    share_s=1e-3,
-    share_member_s=1e-7,
+    shard_s=1e-3,
+    shard_member_s=1e-7,
     add_s=1e-9,
     member_bytes=200.0,
     weights_bytes=20_000,
-    share_bytes=1_000,
+    shard_bytes=1_000,
     observations=17,
     weights=5_000,
 )
@@ -51,22 +51,22 @@ def test_small_populations_have_fewer_workers_than_cores() -> None:
 
 def test_parts_add_up() -> None:
     p = predict(CONSTANTS, 4096, 100, Cluster(4, 8, 1.0))
-    assert (p.workers, p.shares) == (32, 64)
+    assert (p.workers, p.shards) == (32, 64)
     assert p.play_s == pytest.approx(128 * (100 * 1e-4 + 1e-3))
     assert p.head_s == pytest.approx(0.01 + 4096 * 5e-6)
-    assert p.share_s == pytest.approx(64 * 1e-3 + 4096e-7)
+    assert p.shard_s == pytest.approx(64 * 1e-3 + 4096e-7)
     down = 4 * 20_000 + 8 * 4096 + 64 * 500
     up = 16 * 4096 + 4096 // 16 * 16 * 17 + 64 * 500
     assert (p.bytes_down, p.bytes_up) == (down, up)
     assert p.network_s == pytest.approx((down + up) * 8 / 1e9)
     assert p.seconds == pytest.approx(p.play_s + p.head_s + p.network_s)
-    assert p.next_bottleneck == "handling of shares"
+    assert p.next_bottleneck == "handling of shards"
 
 
-def test_handling_of_shares_takes_the_time_when_there_are_too_many() -> None:
+def test_handling_of_shards_takes_the_time_when_there_are_too_many() -> None:
     p = predict(CONSTANTS, 1_000_000, 10, Cluster(1000, 16, 10.0))
-    assert p.share_s > p.play_s
-    assert p.seconds == pytest.approx(p.head_s + p.network_s + p.share_s)
+    assert p.shard_s > p.play_s
+    assert p.seconds == pytest.approx(p.head_s + p.network_s + p.shard_s)
     with_remedies = predict(CONSTANTS, 1_000_000, 10, Cluster(1000, 16, 10.0), remedies=True)
     assert with_remedies.seconds < p.seconds
     assert with_remedies.play_s > p.play_s  # the nodes then sum their part of the gradient
@@ -86,7 +86,7 @@ def test_bytes_are_those_of_the_messages() -> None:
         generation = Generation(0, 0.1, 20, True)
         outcome = ShardWorker(config, members, 1).play(generation, shard, weights)
         real = len(pickle.dumps((generation, shard, outcome)))
-        predicted = 24 * members + members // 16 * 16 * 4 + measured["share_bytes"]
+        predicted = 24 * members + members // 16 * 16 * 4 + measured["shard_bytes"]
         assert real == pytest.approx(predicted, abs=32)
 
 
