@@ -1,9 +1,9 @@
 """Every code block of the README and of docs/ is run.
 
-The blocks of a page run in their order, in one folder: Python in one namespace, shell commands line by line. Loops of ten
-rounds and more have three, and commands that train a reduced form (``REDUCED``); Ray and other slow lines
-are left to the slow test. What cannot be run on the machines that run the tests is preceded by ``<!-- not run: REASON -->`` on its page, or
-is listed in ``NOT_HERE``; even then, every option of the ``es-flipout`` commands must exist.
+Blocks of a page run in their order, in one folder: Python in one namespace, shell commands line by line. Loops of ten rounds and
+more have three, and commands that train a reduced form (``REDUCED``); slow lines are left to the slow test. What cannot be run on
+the machines that run the tests is preceded by ``<!-- not run: REASON -->`` on its page, or is listed in ``NOT_HERE``; even then,
+every option of the ``es-flipout`` commands must exist.
 """
 
 import contextlib
