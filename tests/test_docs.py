@@ -18,6 +18,40 @@ def test_links_lead_somewhere(page: Path, link: str) -> None:
     assert (page.parent / link).exists()
 
 
+def test_design_page_names_every_module_in_the_row_of_its_room() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = {
+        name: row
+        for row in page.splitlines()
+        if row[:3] == "| `"
+        for name in re.findall(r"`(\w+/?)`", row.split("|")[1])
+    }
+    for path in sorted((ROOT / "es_flipout").rglob("*.py")):
+        room, *inner = path.relative_to(ROOT / "es_flipout").parts
+        if path.stem.startswith("__") or room == "envs":
+            continue
+        if inner:
+            assert f"`{path.stem}`" in rows.get(f"{room}/", ""), (
+                f"docs/design.md does not name {room}/{'/'.join(inner)}"
+            )
+        else:
+            assert path.stem in rows, f"docs/design.md does not name {room}"
+    beside = page.partition("`envs/` stands beside the rooms")[2].partition("\n\n")[0]
+    for path in sorted((ROOT / "envs").glob("[a-z]*.py")):
+        assert f"`{path.stem}`" in beside, f"docs/design.md does not name envs/{path.stem}.py"
+
+
+def test_design_page_has_the_rooms_in_the_order_of_the_contract() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ][0]
+    layers = " ".join(contract["layers"]).replace("|", " ").split()
+    rooms = [name for row in rows for name in re.findall(r"`(\w+)/?`", row)]
+    assert rooms == [name for name in layers if name != "__main__"]
+
+
 def test_cluster_file_fits_the_schema_of_the_installed_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     util = pytest.importorskip("ray.autoscaler._private.util")

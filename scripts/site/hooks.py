@@ -25,6 +25,9 @@ DOCS = ROOT / "docs"
 _LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)#\s]+)(#[^)\s]*)?(\))")
 _CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
+_LOADED = re.compile(
+    r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?(?:https?:)?//|<link\b[^>]*\bhref=\"?(?:https?:)?//"
+)
 _ROLE = re.compile(r":(?:class|meth|func|attr|mod|data|exc):<code>~?([\w.]+)</code>")
 _ALSO = ("results/**/table.md", "results/**/*.png", "results/LOG.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
@@ -90,6 +93,19 @@ def on_page_content(html: str, **_: Any) -> str:
     """Replace formulas by MathML, which browsers show without a script, and roles of docstrings by links."""
     html = _ROLE.sub(r'<autoref optional identifier="\1"><code>\1</code></autoref>', html)
     return _FORMULA.sub(_mathml, html).replace("::</p>", ":</p>")
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """Check that the page loads nothing from elsewhere.
+
+    Raises:
+        PluginError: it does; this ends the build.
+    """
+    from mkdocs.exceptions import PluginError
+
+    if loaded := _LOADED.search(output):
+        raise PluginError(f"{page.file.src_uri} loads something from elsewhere: {loaded[0]}")
+    return output
 
 
 def _mathml(found: re.Match[str]) -> str:
