@@ -32,7 +32,7 @@ import numpy as np
 from scripts.learning._rl_zoo import SETTINGS
 
 FIRST_SEED = 1_000_000  # of the start states, as `es-flipout evaluate` has it
-PACKAGES = ("es-flipout", "stable-baselines3", "sb3-contrib", "torch", "gymnasium", "mujoco", "numpy")
+PACKAGES = ("stable-baselines3", "sb3-contrib", "torch", "gymnasium", "mujoco", "numpy")
 
 Act = Callable[[np.ndarray], np.ndarray]  # observations (n, O) to actions (n, A)
 

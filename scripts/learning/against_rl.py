@@ -394,7 +394,7 @@ def plot(out: Path) -> None:
                 axis.set_title(env_id, fontsize=10)
     for axis in axes[:: len(envs)]:
         axis.set_ylabel("score (deterministic policy)", fontsize=9)
-    axes[-1].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     report.save(figure, out)
 
 
