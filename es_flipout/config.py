@@ -7,6 +7,7 @@ Every option has a unique flat name, which is its flag on the command line and i
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import types
@@ -418,6 +419,22 @@ class TrainConfig:
             self, **{subject: dataclasses.replace(getattr(self, subject), **own) for subject, own in changes.items()}
         )
 
+    @classmethod
+    def of_json(cls, values: Mapping[str, object]) -> TrainConfig:
+        """Create a configuration from the arguments of :meth:`of` as parsed JSON, with type checks.
+
+        Raises:
+            UserError: an option is unknown, or a value has the wrong type or is out of range; the message names it.
+        """
+        fields = {}
+        for name, value in values.items():
+            subject, field = _place(name)
+            try:
+                fields[name] = schema.typed(value, typing.get_type_hints(cls.SUBJECTS[subject])[field], name)
+            except schema.NOT_AS_EXPECTED as error:
+                raise UserError(str(error)) from None
+        return cls.of(**fields)
+
     def flat(self) -> dict[str, Any]:
         """Return all values by their flat names."""
         return {name: getattr(getattr(self, subject), field) for name, (subject, field) in PLACES.items()}
@@ -465,8 +482,15 @@ def _by_subject(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Group values by subject and field."""
     own: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
-        if name not in PLACES:
-            raise UserError(f"unknown option {name}; the options are {', '.join(PLACES)}")
-        subject, field = PLACES[name]
+        subject, field = _place(name)
         own.setdefault(subject, {})[field] = value
     return own
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return subject and field of an option."""
+    if name not in PLACES:
+        near = difflib.get_close_matches(name, PLACES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(PLACES)}"
+        raise UserError(f"unknown option {name}; {hint}")
+    return PLACES[name]

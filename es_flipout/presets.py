@@ -1,4 +1,4 @@
-"""One configuration per environment. Does not import torch.
+"""One configuration per environment, and preset files. Does not import torch.
 
 Presets with a row in ``results/learning_*`` were tuned; ``results/LOG.md`` lists what was tried. Walker2d, Ant,
 Humanoid and HumanoidStandup are untuned starting points without measured results.
@@ -6,9 +6,12 @@ Humanoid and HumanoidStandup are untuned starting points without measured result
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from es_flipout import schema
 from es_flipout.config import TrainConfig
+from es_flipout.errors import UserError
 
 TUNED = frozenset(
     {
@@ -45,6 +48,28 @@ def preset(env_id: str) -> TrainConfig:
     """
     base_id = env_id.removeprefix(_NATIVE_PREFIX)
     return _PRESETS.get(base_id, _general)(env_id)
+
+
+def read_preset(path: Path) -> TrainConfig:
+    """Read a preset file: the arguments of :meth:`TrainConfig.of` as a JSON object, such as ``{"sigma": 0.1}``.
+
+    Args:
+        path: the file. Options that it does not name have their general defaults; the environment is then ``""``.
+
+    Raises:
+        UserError: the file is missing or is not a JSON object, or names an unknown option or a value that is not
+            allowed; the message names the option.
+    """
+    try:
+        values = schema.load_object(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"preset file {path} does not exist") from None
+    except schema.NOT_AS_EXPECTED as error:
+        raise UserError(f"{path}: not a preset file, which is a JSON object ({error})") from None
+    try:
+        return TrainConfig.of_json({"env_id": "", **values})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _general(env_id: str) -> TrainConfig:

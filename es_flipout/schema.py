@@ -78,4 +78,15 @@ def typed(value: Any, hint: Any, name: str) -> Any:
                 return value
             case builtin if builtin in (bool, str) and type(value) is builtin:
                 return value
-    raise TypeError(f"{name} must not be {reprlib.repr(value)}")
+    wanted = " or ".join(_described(option) for option in options)
+    raise TypeError(f"{name} must be {wanted}, got {reprlib.repr(value)}")
+
+
+def _described(hint: Any) -> str:
+    """Return what JSON values of a type are, in words."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    if typing.get_origin(hint) is tuple:
+        return "a list of whole numbers"
+    names = {types.NoneType: "null", bool: "true or false", float: "a number", int: "a whole number", str: "a string"}
+    return names.get(hint, str(hint))

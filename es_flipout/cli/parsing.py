@@ -17,7 +17,7 @@ import tyro
 
 from es_flipout.config import PLACES, TrainConfig
 from es_flipout.errors import UserError
-from es_flipout.presets import preset
+from es_flipout.presets import preset, read_preset
 
 Options = TypeVar("Options")
 
@@ -72,10 +72,12 @@ def parse(options: type[Options], arguments: Sequence[str], command: str, defaul
 
 
 def parse_with_preset(options: type[Options], arguments: Sequence[str], command: str) -> Options:
-    """Parse options that have a field ``config``; the preset of its environment provides the defaults.
+    """Parse options that have a field ``config``.
+
+    The preset of its environment provides the defaults, or the file that ``--config`` or ``--preset`` names.
 
     Raises:
-        UserError: an option is unknown, missing or malformed.
+        UserError: an option is unknown, missing or malformed, or the file is not valid.
     """
     if not arguments:
         raise UserError(f"which environment? es-flipout {command} ENV_ID; `es-flipout envs` lists them")
@@ -86,47 +88,65 @@ def parse_with_preset(options: type[Options], arguments: Sequence[str], command:
         make: Any = options
         return parse(options, arguments, command, make(config=dataclasses.replace(config, task=task)))
 
-    if (file := _value_of("--config", arguments)) is not None:
-        return _from_file(options, arguments, command, Path(file))
+    files = {flag: Path(file) for flag in _READERS if (file := _value_of(flag, arguments)) is not None}
+    if len(files) > 1:
+        raise UserError(f"{' and '.join(files)} both provide the defaults; use one of them")
+    for flag, path in files.items():
+        return _with_given_limit(_from_file(options, arguments, command, flag, path), arguments)
     env_id = arguments[0]
     if env_id.startswith("-"):
         # The environment follows the options, or help was requested: parse everything once to find it.
         env_id = config_of(parsed(_PRESET_OF_HELP)).task.env_id
-    found = parsed(env_id)
-    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    if "--generations" in given and "--env-steps" not in given:
-        # The preset's limit on environment steps must not end the run before the requested generations.
-        return dataclasses.replace(typing.cast(Any, found), config=config_of(found).replace(env_steps=None))
-    return found
+    return _with_given_limit(parsed(env_id), arguments)
 
 
-def _from_file(options: type[Options], arguments: Sequence[str], command: str, path: Path) -> Options:
-    """Parse options whose defaults are those of the configuration of another run."""
+def _with_given_limit(found: Options, arguments: Sequence[str]) -> Options:
+    """Return options without the default's limit on the run if the other limit is given: it must not end the run before."""
+    given = given_options(arguments)
+    if ("generations" in given) == ("env_steps" in given):
+        return found
+    other = "env_steps" if "generations" in given else "generations"
+    return dataclasses.replace(typing.cast(Any, found), config=config_of(found).replace(**{other: None}))
+
+
+def given_options(arguments: Sequence[str]) -> set[str]:
+    """Return the flat names of the configuration's options that are on a command line."""
+    flags = (each.partition("=")[0].removeprefix("--").replace("-", "_") for each in arguments if each[:2] == "--")
+    return {name for flag in flags for name in (flag, flag.removeprefix("no_")) if name in PLACES}
+
+
+def _read_config(path: Path) -> TrainConfig:
+    """Read the configuration of a run."""
     path = path / "config.json" if path.is_dir() else path
     try:
-        config = TrainConfig.from_json(path.read_text(encoding="utf-8"))
+        return TrainConfig.from_json(path.read_text(encoding="utf-8"))
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+_READERS = {"--config": _read_config, "--preset": read_preset}
+
+
+def _from_file(options: type[Options], arguments: Sequence[str], command: str, flag: str, path: Path) -> Options:
+    """Parse options whose defaults are those of a file."""
+    config = _READERS[flag](path)
     make: Any = options
     task = dataclasses.replace(config.task, env_id=_UNNAMED)
     found = parse(options, arguments, command, make(config=dataclasses.replace(config, task=task)))
     parsed = config_of(found)
-    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     if parsed.task.env_id == _UNNAMED:
+        if config.task.env_id == _UNNAMED:
+            raise UserError(f"{path} names no environment: es-flipout {command} ENV_ID {flag} {path}")
         if config.task.module is not None:
             raise UserError(
                 f"{path} is of {config.task.env_id}, which imports, and so executes, the Python module {config.task.module}; "
-                f"if you trust it, name the environment: es-flipout {command} {config.task.env_id} --config {path}"
+                f"if you trust it, name the environment: es-flipout {command} {config.task.env_id} {flag} {path}"
             )
         parsed = parsed.replace(env_id=config.task.env_id)
-    if parsed.compute.backend == "ray" and config.compute.ray_address and "--ray-address" not in flags:
+    if parsed.compute.backend == "ray" and config.compute.ray_address and "ray_address" not in given_options(arguments):
         raise UserError(
             f"{path} is of a run on the Ray cluster at {config.compute.ray_address}: name yours with --ray-address"
         )
-    limits = {"--generations": "env_steps", "--env-steps": "generations"}
-    given = [flag for flag in limits if flag in flags]
-    if len(given) == 1:  # the other limit must not end the run before
-        parsed = parsed.replace(**{limits[given[0]]: None})
     return dataclasses.replace(typing.cast(Any, found), config=parsed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -18,6 +19,8 @@ class PlanOptions:
     """Predict the memory of a training run without running it."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: Path | None = None
+    """Preset file with the defaults, in place of the preset of the environment (es-flipout tune writes one)."""
     json: bool = False
     """Print the result as JSON."""
 

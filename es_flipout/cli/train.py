@@ -23,6 +23,8 @@ class TrainOptions:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """Start from the configuration of another run: its directory or config.json. The environment may then be omitted."""
+    preset: Path | None = None
+    """Preset file with the defaults, in place of the preset of the environment (es-flipout tune writes one)."""
     run_dir: Path | None = None
     """Directory of the run, which must not exist yet; None creates one under runs/."""
 

@@ -158,6 +158,46 @@ def test_options_may_come_before_the_environment(tmp_path: Path, capsys: pytest.
     )
 
 
+def test_options_win_over_a_preset_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.json"
+    own = {"sigma": 0.3, "population_size": 6, "generations": 2, "hidden": [3], "antithetic": False}
+    file.write_text(json.dumps({"env_id": "Acrobot-v1", **own}), encoding="utf-8")
+
+    def trained_with(name: str, *args: str) -> TrainConfig:
+        given = [
+            "--preset",
+            str(file),
+            "--device=cpu",
+            "--evaluation-episodes",
+            "1",
+            "--run-dir",
+            str(tmp_path / name),
+            *args,
+        ]
+        assert cli.main(["train", *given]) == 0
+        return TrainConfig.from_json((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+
+    fixed = {"evaluation_episodes": 1, "device": "cpu", "physics": "cpu"}
+    expected = TrainConfig.of_json({"env_id": "Acrobot-v1", **own}).replace(**fixed)
+    assert trained_with("a") == expected
+    changed = trained_with("b", "CartPole-v1", "--population-size=7", "--env-steps", "100", "--learning-rate", "0.5")
+    wanted = {"env_id": "CartPole-v1", "population_size": 7, "env_steps": 100, "learning_rate": 0.5}
+    assert changed == expected.replace(**wanted, generations=None), "the file's limit does not end the run early"
+    capsys.readouterr()
+
+
+def test_a_preset_file_may_leave_the_environment_open(
+    tmp_path: Path, refused: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"population_size": 10}', encoding="utf-8")
+    assert f"names no environment: es-flipout plan ENV_ID --preset {file}" in refused("plan", "--preset", file)
+    assert "--config and --preset both" in refused("train", "--preset", file, "--config", file)
+    assert "--preset needs a value" in refused("plan", "CartPole-v1", "--preset")
+    assert cli.main(["plan", "CartPole-v1", f"--preset={file}"]) == 0
+    assert capsys.readouterr().out.startswith("CartPole-v1: 10 members")
+
+
 def test_a_policy_with_memory_goes_on_to_the_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["CartPole-v1", *SMALL, "--policy", "recurrent", "--cell", "lstm", "--observed", "2", "0"]
     options += ["--learning-rate", "0.1", "--learning-rate-final", "0.1"]  # independent of the length of the run
