@@ -37,6 +37,7 @@ REDUCED = {  # the last occurrence of an option counts
     "train": _TRAIN,
     "resume": "",
     "evaluate": "--episodes 1",
+    "tune": "--trials 1 --seeds 1 --jobs 1 --confirm 0 --population-size 4 --env-steps 60 --score-episodes 1",
     "bench forward": "--widths 8 --populations 8 --rounds 1 --seconds-per-point 0 --memory-members 0 --wide 0",
     "bench rollout": "--env-ids HalfCheetah-v5 --populations 4 --rounds 1 --seconds 0 --shortest-episode 10 --no-gymnasium",
     "bench compare": "--population-size 4 --rounds 1 --seconds 0 --hidden 4 --workers 1",
@@ -45,7 +46,7 @@ NOT_HERE = {
     r"--ray-address \d": "that machine is the reader's",
     r"--ray-address auto": "there is no cluster to join",
 }
-SLOW = r"--backend ray|es-flipout bench|Ant-v5|MinAtar|65536"
+SLOW = r"--backend ray|es-flipout (bench|tune)|Ant-v5|MinAtar|65536"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def run_page(page: Path, here: Path, slow: bool) -> None:
             assert language == "sh", f"{page.name}: a block is python or sh, not {language}"
             for line in block.lines:
                 with_reason = block.reason is not None or any(re.search(each, line) for each in NOT_HERE)
-                if re.search(r"es-flipout (train|resume|evaluate|plan|bench|envs)", line):
+                if re.search(r"es-flipout (train|resume|evaluate|plan|bench|envs|tune)", line):
                     options_exist(line)
                 if not with_reason and (slow or not re.search(SLOW, line)):
                     run_line(line, here)
@@ -119,7 +120,7 @@ def run_page(page: Path, here: Path, slow: bool) -> None:
 
 def arguments(line: str) -> list[str]:
     """The arguments after ``es-flipout``; a command in quotes is an argument of another one."""
-    before, after = re.split(r"es-flipout (?=train|resume|evaluate|plan|bench|envs)", line, maxsplit=1)
+    before, after = re.split(r"es-flipout (?=train|resume|evaluate|plan|bench|envs|tune)", line, maxsplit=1)
     return shlex.split(after.rstrip(before[-1]) if before.endswith(("'", '"')) else after)
 
 

@@ -204,7 +204,7 @@ FLAT = json.dumps({"env_id": "Any-v0", "sigma": 0.1})  # the format of version 0
         (with_changes("task", env_id=False), "task.env_id must be a string, got False"),
         (with_changes("task", episodes=True), "task.episodes must be a whole number, got True"),
         (with_changes("strategy", bases=1.5), "strategy.bases must be a whole number, got 1.5"),
-        (with_changes("strategy", sigma="large"), 'strategy.sigma must be a number, got "large"'),
+        (with_changes("strategy", sigma="large"), "strategy.sigma must be a number, got 'large'"),
         (with_changes("strategy", sigma=-1.0), "sigma must be greater than 0"),
         (with_changes("strategy", perturbation="sparse"), "perturbation must be one of"),
         (with_changes("strategy", optimizer="lion"), "optimizer must be one of"),
@@ -213,7 +213,7 @@ FLAT = json.dumps({"env_id": "Any-v0", "sigma": 0.1})  # the format of version 0
         (with_changes("policy", squash="sin"), "squash must be one of"),
         (with_changes("task", start_states="random"), "start-states must be one of"),
         (with_changes("strategy", base="uniform"), "base must be one of"),
-        (with_changes("compute", overlap="abc"), 'compute.overlap must be true or false or null, got "abc"'),
+        (with_changes("compute", overlap="abc"), "compute.overlap must be true or false or null, got 'abc'"),
     ],
 )
 def test_json_of_another_version_is_refused(text: str, named: str) -> None:

@@ -8,8 +8,11 @@ import pytest
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "gymnasium", "mujoco", "ray", "matplotlib")
-LIGHT = ("", "errors", "config", "presets", "cli", "cli.parsing", "cli.train", "cli.resume", "cli.evaluate", "cli.plan")
+HEAVY = ("torch", "gymnasium", "mujoco", "ray", "matplotlib", "optuna")
+LIGHT = (
+    *("", "errors", "config", "presets", "tuning.space"),
+    *("cli", "cli.parsing", "cli.train", "cli.resume", "cli.evaluate", "cli.plan", "cli.tune"),
+)
 
 
 def test_imports_keep_the_contracts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

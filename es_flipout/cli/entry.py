@@ -19,6 +19,7 @@ _COMMANDS = {
     "evaluate": "score a run in the single Gymnasium environment: es-flipout evaluate RUN_DIR",
     "export": "write the policy as ONNX or for torch: es-flipout export RUN_DIR --output policy.onnx",
     "envs": "list what can be trained",
+    "tune": "search for the options of an environment: es-flipout tune CartPole-v1",
     "presets": "show the preset of an environment: es-flipout presets HalfCheetah-v5",
     "bench": "measure speed on this machine: es-flipout bench forward|rollout|compare",
     "plan": "predict the memory of a run: es-flipout plan Humanoid-v5",

@@ -86,13 +86,11 @@ class Trainer:
         with stop_on_signals(lambda _: self.interrupt()), self.reporter:
             try:
                 while not (self.finished or self.interrupted):
-                    started = time.perf_counter()
                     try:
-                        rollout = self.generation()
+                        metrics = self.step()
                     except (EnvironmentFailureError, UserError):
                         self.save()
                         raise
-                    metrics = self._account(rollout, time.perf_counter() - started, started)
                     if log is not None:
                         log.write(metrics)
                     if self.finished or metrics.generation % self.config.logging.checkpoint_every == 0:
@@ -105,6 +103,12 @@ class Trainer:
                     log.close()
             if self.interrupted:
                 self.save()
+
+    def step(self) -> Metrics:
+        """Run one generation, count it, and score the mean policy if that is due."""
+        started = time.perf_counter()
+        rollout = self.generation()
+        return self._account(rollout, time.perf_counter() - started, started)
 
     def generation(self) -> Rollout:
         """Run one generation: ask, play, tell."""

@@ -240,7 +240,8 @@ def test_help_is_complete_and_needs_no_torch(tmp_path: Path) -> None:
     code = """
 import contextlib, io, sys
 from es_flipout.cli import main
-for arguments in ([], ["--help"], ["-h"], ["--version"], *([c, "--help"] for c in ("train", "resume", "evaluate", "envs"))):
+commands = ("train", "resume", "evaluate", "envs", "tune")
+for arguments in ([], ["--help"], ["-h"], ["--version"], *([c, "--help"] for c in commands)):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
@@ -250,7 +251,7 @@ for arguments in ([], ["--help"], ["-h"], ["--version"], *([c, "--help"] for c i
     assert status in (0, None), (arguments, status)
     print("==", *arguments)
     print(out.getvalue())
-assert not {"torch", "gymnasium", "mujoco"} & set(sys.modules)
+assert not {"torch", "gymnasium", "mujoco", "optuna"} & set(sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -261,14 +262,15 @@ assert not {"torch", "gymnasium", "mujoco"} & set(sys.modules)
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    _, empty, long, short, version, train, resume, evaluate, envs = done.stdout.split("==")
+    _, empty, long, short, version, train, resume, evaluate, envs, tune = done.stdout.split("==")
     for text in (empty, long, short):
-        assert all(f"  {command} " in text for command in ("train", "resume", "evaluate", "envs", "bench"))
+        assert all(f"  {command} " in text for command in ("train", "resume", "evaluate", "envs", "tune", "bench"))
     assert f"es-flipout {es_flipout.__version__}" in version
     for option in ("--seed", "--population-size", "--sigma", "--perturbation", "--generations", "--env-steps"):
         assert option in train
     for option in ("--device", "--backend", "--run-dir", "flipout,low_rank,dense", "auto,cpu,cuda", "local,ray"):
         assert option in train
+    assert all(option in tune for option in ("--trials", "--seeds", "--jobs", "--search", "--env-steps", "--output"))
     assert "Directory of the run" in resume
     assert all(option in evaluate for option in ("Directory of the run", "--episodes", "--json"))
     assert "list what can be trained" in envs.lower()

@@ -1,0 +1,1 @@
+"""Search for the options of a task with Optuna: ``es-flipout tune``."""
