@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+_PR_SET_PDEATHSIG = 1
 
 
 def run(arguments: list[str], log: Path, seconds: float) -> tuple[int, bool]:
@@ -21,7 +23,13 @@ def run(arguments: list[str], log: Path, seconds: float) -> tuple[int, bool]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=env,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         try:
             return process.wait(seconds), False
@@ -34,6 +42,11 @@ def run(arguments: list[str], log: Path, seconds: float) -> tuple[int, bool]:
                 return process.wait(), True
         finally:
             _kill(process.pid)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, which may be killed, too."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _kill(group: int) -> None:
