@@ -27,7 +27,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import gymnasium
 import torch
@@ -369,7 +370,11 @@ class DeviceRollout:
             with torch.cuda.stream(torch.cuda.Stream(self.env.device)):
                 for _ in range(_WARM_UP):
                     self._whole_launch()
-        graph = _graph if self._use_graphs else _plain_call
+            # What the warm-up used stays with its stream, where nothing else could use it.
+            torch.cuda.synchronize(self.env.device)
+            torch.cuda.empty_cache()
+        # One pool for all graphs: they are replayed one after the other, and results are in memory outside of it.
+        graph = partial(_graph, pool=torch.cuda.graph_pool_handle()) if self._use_graphs else _plain_call
         if self.env.capturable:
             return graph(self._whole_launch)
         before, between, after = graph(self._before), graph(self._between), graph(self._after)
@@ -416,11 +421,11 @@ class _Watch:
         self._looks += 1
 
 
-def _graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Capture the function as a CUDA graph."""
+def _graph(function: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Capture the function as a CUDA graph, with its temporary memory in a pool."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         function()
     return graph.replay
 

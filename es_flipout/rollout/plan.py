@@ -271,6 +271,8 @@ class _Model:
             parts["slots and queue"] = 4 * _DOUBLE * (slots + jobs) + sums + moments
         parts["environments"] = at["environments"]
         parts["working memory"] = self._working(slots)
+        if self._on_gpu:
+            parts["CUDA graphs"] = self._step(slots)  # their pool keeps the temporary memory of a step
         return parts
 
     def _working(self, slots: int) -> int:
@@ -279,8 +281,12 @@ class _Model:
         sources = strategy.population_size // (2 if strategy.antithetic else 1)
         dense = strategy.perturbation == "dense"
         drawn = max(p.numel() if dense or p.ndim == 1 else 0 for p in self.module.parameters()) * sources
+        return max(_DRAW_BYTES * drawn, self._step(slots))
+
+    def _step(self, slots: int) -> int:
+        """Return the temporary memory of a policy forward of all slots."""
         widths = self._obs_dim + sum(p.shape[0] for p in self.module.parameters() if p.ndim > 1)
-        return max(_DRAW_BYTES * drawn, _STEP_BYTES * widths * slots)
+        return _STEP_BYTES * widths * slots
 
     def device_slots(self) -> int:
         """See :func:`device_slots`."""

@@ -376,6 +376,32 @@ def test_an_error_at_synchronization_ends_with_its_block(fails: bool, monkeypatc
     assert (inside, modes) == (["error"], ["error", "default"])
 
 
+@pytest.mark.parametrize(("kind", "graphs"), [(TorchBatchEnv, 1), (ChaosInParts, 3)])
+def test_all_graphs_share_one_pool(kind: type[TorchBatchEnv], graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a pool of its own would keep the temporary memory of a step three times."""
+    pools: list[Any] = []
+    events: list[str] = []
+
+    def graph(function: Callable[[], None], pool: Any) -> Callable[[], None]:
+        pools.append(pool)
+        return function
+
+    population = population_of(MLP(3, 2, (4,), output_gain=1.0), Flipout(), 4)
+    player = player_of(lambda n: chaos(n, kind=kind), 4)
+    play(player, population, seeds_of(4, 1))
+    (rollout,) = player._rollouts.values()
+    rollout._use_graphs = True
+    monkeypatch.setattr("es_flipout.rollout.device._graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: events.append("waited"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+    rollout._captured()
+    assert (len(pools), len(set(map(id, pools)))) == (graphs, 1)
+    assert events == ["waited", "waited", "emptied"]
+
+
 class Greedy(TorchBatchEnv):
     """Runs out of memory with more than ``most`` slots: when it is created, or when it first steps a live slot."""
 
@@ -466,7 +492,7 @@ def test_graphs_replay_what_plain_calls_do(
         seeds = start_seeds(population, 1)
         captured = play(player, population, seeds)
         with monkeypatch.context() as patched:
-            patched.setattr("es_flipout.rollout.device._graph", lambda function: function)
+            patched.setattr("es_flipout.rollout.device._graph", lambda function, pool: function)
             eager = play(plain, population, seeds)
         assert same(captured, eager), f"generation {generation}"
         on_host = population_of(module.cpu(), family, 16, generation=generation)

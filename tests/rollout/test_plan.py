@@ -39,7 +39,7 @@ def test_predicts_what_a_run_on_a_device_stores(changes: dict[str, Any]) -> None
     population = trainer.strategy.ask()
     stored = stored_bytes(trainer.strategy, population, trainer.player)
     planned_run = make_plan(config.replace(device="cuda", physics="gpu"))
-    predicted = planned_run.total - planned_run.parts["working memory"]
+    predicted = planned_run.total - planned_run.parts["working memory"] - planned_run.parts["CUDA graphs"]
     assert stored > 2e5
     assert predicted == pytest.approx(stored, rel=0.1)
     assert planned_run.parts["perturbations"] == pytest.approx(stored_bytes(population), rel=0.02)
@@ -164,4 +164,7 @@ def test_predicts_what_the_gpu_allocates(perturbation: Any) -> None:
     trainer = make_trainer(config.replace(episode_cap=5, episode_cap_until=1.0, score_every=10**6))
     trainer.generation()
     peak = torch.cuda.max_memory_allocated() - before
-    assert predicted.total == pytest.approx(peak, rel=0.1)
+    # What graphs keep in their pool is reserved, but not allocated; what is cached is reserved, too.
+    assert predicted.total - predicted.parts["CUDA graphs"] == pytest.approx(peak, rel=0.1)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before <= 1.1 * predicted.total
