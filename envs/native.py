@@ -7,7 +7,10 @@ import numbers
 import types
 import typing
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import gymnasium
@@ -65,7 +68,7 @@ class NativeBatchEnv(BatchEnv):
         return self.restart(rows, self._draw(seeds.cpu().numpy()[rows]))
 
     def starts(self, seeds: Tensor) -> Tensor:
-        """Draw the starts of episodes on the host, equal seeds once.
+        """Draw the starts of episodes on the host, equal seeds once; or take those of :meth:`draw_ahead`.
 
         Args:
             seeds: ``(n,)`` int64, as for :meth:`reset`.
@@ -73,7 +76,15 @@ class NativeBatchEnv(BatchEnv):
         Returns:
             ``(n, K)`` float64 on the environments' device.
         """
-        return torch.from_numpy(self._draw(seeds.cpu().numpy())).to(self.device)
+        asked = seeds.cpu().numpy()
+        found = next((future for ahead, future in self._ahead if np.array_equal(ahead, asked)), None)
+        drawn = self._draw(asked) if found is None else found.result()
+        return torch.from_numpy(drawn).to(self.device)
+
+    def draw_ahead(self, seeds: Tensor) -> None:
+        """Begin to draw the starts of ``seeds`` ``(n,)`` int64 in a thread, for a later call of :meth:`starts`."""
+        asked = seeds.cpu().numpy().copy()
+        self._ahead.append((asked, _thread().submit(self._draw, asked)))
 
     @abstractmethod
     def states(self) -> Tensor:
@@ -119,6 +130,8 @@ class NativeBatchEnv(BatchEnv):
 
     def _describe(self, env_id: str, kwargs: Mapping[str, object], num_envs: int, device: torch.device) -> None:
         """Set the attributes of all native environments; ``max_episode_steps`` is as in ``gymnasium.make``."""
+        # The starts of this generation, which are about to be taken, and of the next one.
+        self._ahead: deque[tuple[NDArray[np.int64], Future[NDArray[np.float64]]]] = deque(maxlen=2)
         self.env_id = env_id
         self.kwargs = dict(kwargs)
         self.num_envs = num_envs
@@ -141,6 +154,11 @@ class SteppedInParts(Protocol):
     def end_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the outcome of the step, as ``step`` does."""
         ...
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "starts")
 
 
 def time_limit(env_id: str, max_episode_steps: object) -> int | None:

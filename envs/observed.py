@@ -69,6 +69,10 @@ class ObservedBatchEnv(BatchEnv):
         """See :meth:`NativeBatchEnv.starts`."""
         return self._native.starts(seeds)
 
+    def draw_ahead(self, seeds: Tensor) -> None:
+        """See :meth:`NativeBatchEnv.draw_ahead`."""
+        self._native.draw_ahead(seeds)
+
     def states(self) -> Tensor:
         """See :meth:`NativeBatchEnv.states`."""
         return self._native.states()

@@ -97,7 +97,10 @@ def device_player(config: TrainConfig, device: torch.device, say: Say | None = N
 @contextmanager
 def _announced_if_slow(say: Say | None, message: str) -> Iterator[None]:
     """Say what happens if it takes long, while it lasts: compiled kernels are cached, so usually it does not."""
-    timer = threading.Timer(_SLOW_S, say if say is not None else str, (message,))
+    if say is None:
+        yield
+        return
+    timer = threading.Timer(_SLOW_S, say, (message,))
     timer.start()
     try:
         yield

@@ -86,6 +86,10 @@ class DeviceEnv(Protocol):
         """See :meth:`es_flipout.envs.native.NativeBatchEnv.starts`."""
         ...
 
+    def draw_ahead(self, seeds: Tensor) -> None:
+        """See :meth:`es_flipout.envs.native.NativeBatchEnv.draw_ahead`."""
+        ...
+
     def states(self) -> Tensor:
         """See :meth:`es_flipout.envs.native.NativeBatchEnv.states`."""
         ...

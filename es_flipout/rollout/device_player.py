@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from es_flipout.errors import UserError
 from es_flipout.policies.agent import Agent
@@ -67,6 +68,11 @@ class DevicePlayer(Player):
             return played
 
         return self._with_less_memory(play)
+
+    def draw_ahead(self, seeds: Tensor) -> None:
+        """See :meth:`es_flipout.rollout.players.Player.draw_ahead`; the device computes meanwhile."""
+        env = self._with_less_memory(lambda: self.env(min(seeds.numel(), self.slots)))
+        env.draw_ahead(seeds.flatten())
 
     def close(self) -> None:
         """See :meth:`es_flipout.rollout.players.Player.close`."""

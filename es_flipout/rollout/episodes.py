@@ -248,17 +248,19 @@ class Rollout:
         return int(self.returns.isnan().sum())
 
 
-def start_seeds(population: Population, episodes: int, common: bool = False) -> Tensor:
+def start_seeds(population: Population, episodes: int, common: bool = False, ahead: int = 0) -> Tensor:
     """Draw seeds of start states for a generation, ``(P, E)`` int64; antithetic partners have the same seeds.
 
     Args:
         population: its seed and generation address the seeds.
         episodes: ``E``.
         common: whether all members have the same start states (common random numbers).
+        ahead: draw them for so many generations later.
     """
     members = population.members
     sources = torch.zeros_like(members.sources) if common else members.sources
-    drawn = integers(Address(population.seed, population.generation), Stream.START_STATE, sources, episodes)
+    address = Address(population.seed, population.generation + ahead)
+    drawn = integers(address, Stream.START_STATE, sources, episodes)
     return drawn[members.source_of(torch.arange(members.size, device=drawn.device))].cpu()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from es_flipout.envs import BatchEnv
 from es_flipout.policies.agent import Agent
 from es_flipout.rollout.episodes import Episodes, Rollout, ShouldStop
@@ -42,6 +44,9 @@ class Player(ABC):
             ValueError: the request does not fit the population.
             EnvironmentFailureError: the environment's own code raised an exception.
         """
+
+    def draw_ahead(self, seeds: Tensor) -> None:  # noqa: B027 (most players need not)
+        """Begin to draw the start states of a later request with ``seeds`` ``(P, E)`` int64, where that saves time."""
 
     def close(self) -> None:  # noqa: B027 (not every player holds resources)
         """Release environments, processes and connections."""

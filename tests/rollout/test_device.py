@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from no_synchronization import no_synchronization
 from numpy.typing import NDArray
-from populations import agent_of, population_of
+from populations import agent_of, build_on_device, population_of
 from torch import Tensor
 
+from es_flipout.config import TrainConfig
 from es_flipout.envs import make_env
+from es_flipout.envs.native import NativeBatchEnv
 from es_flipout.envs.observed import observe
 from es_flipout.envs.torch_env import TorchBatchEnv, TorchTask
 from es_flipout.errors import UserError
@@ -42,6 +45,7 @@ from es_flipout.rollout.episodes import (
 from es_flipout.rollout.host import run
 from es_flipout.strategy.population import Population
 from es_flipout.strategy.unperturbed import Unperturbed
+from es_flipout.training.setup import make_trainer
 
 CPU = torch.device("cpu")
 
@@ -311,6 +315,29 @@ def test_parts_of_the_step_stay_parts_behind_a_partial_observation() -> None:
         (rollout,) = player._rollouts.values()
         assert (rollout._parts is not None) == (kind is ChaosInParts)
     assert same(*rollouts)
+
+
+def test_starts_are_drawn_ahead_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig.of(
+        "CartPole-v1", population_size=8, generations=3, hidden=(4,), score_every=9, score_episodes=2
+    )
+    here = make_trainer(config.replace(device="cpu", physics="cpu"))
+    here.train()
+    draw, drawn = NativeBatchEnv._draw, []
+
+    def listening(self: NativeBatchEnv, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
+        drawn.append((threading.current_thread() is threading.main_thread(), *seeds[::2].tolist()))
+        return draw(self, seeds)
+
+    monkeypatch.setattr(NativeBatchEnv, "_draw", listening)
+    there = make_trainer(config.replace(row_block=8), build=build_on_device)
+    there.train()
+    assert all(torch.equal(there.tensors()[name], value) for name, value in here.tensors().items())
+    monkeypatch.undo()
+    of_training = [seeds for _, *seeds in drawn if len(seeds) == 4]
+    assert len({tuple(seeds) for seeds in of_training}) == len(of_training) == 4  # one generation ahead, each once
+    # Only the first generation, memory that is allocated and scores wait for their starts.
+    assert [own for own, *seeds in drawn if len(seeds) == 4].count(True) == 1
 
 
 @pytest.mark.parametrize("asked", [0, 1, 3])
