@@ -1,12 +1,13 @@
 # Every target works on a fresh machine: .venv is made when it is missing or older than what it was made from.
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 30
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check docs docs-serve bench clean
+.PHONY: help train test test-all check docs docs-serve bench chaos clean
 
 help: ## show this text
 	@echo "usage: make TARGET [PYTHON=python3.11] [ARGS='...']"
@@ -37,6 +38,9 @@ docs: $(INSTALLED) ## the documentation site, in build/site; a broken link or re
 
 docs-serve: $(INSTALLED) ## the site at http://127.0.0.1:8000, built again when a page changes
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+chaos: $(INSTALLED) ## kill, signal and resume runs for MINUTES, and compare their ends bit by bit
+	@$(BIN)/python scripts/checks/chaos.py --minutes $(MINUTES) $(ARGS)
 
 bench: $(INSTALLED) ## speed of rollouts and of the population forward on this machine
 	@$(BIN)/es-flipout bench rollout $(ARGS)

@@ -178,8 +178,9 @@ def _flat_box(env_id: str, space: gymnasium.Space) -> Box:
 def _supported_action_space(env_id: str, space: gymnasium.Space) -> ActionSpace:
     """Return the environment's action space, extracted from that of :class:`Freezable`."""
     inner = space[1] if isinstance(space, gymnasium.spaces.Tuple) else space
-    is_float_box = isinstance(inner, Box) and np.issubdtype(inner.dtype, np.floating)
-    if is_float_box or isinstance(inner, Discrete | MultiDiscrete | MultiBinary):
+    if isinstance(inner, Discrete | MultiDiscrete | MultiBinary):
+        return inner
+    if isinstance(inner, Box) and np.issubdtype(inner.dtype, np.floating):
         return inner
     raise UnsupportedEnvironmentError(
         f"{env_id}: actions must be Discrete, MultiDiscrete, MultiBinary or a floating-point Box, not {inner}"

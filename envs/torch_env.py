@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from es_flipout.envs.base import ActionSpace
 from es_flipout.envs.generators import Rng
 from es_flipout.envs.native import NativeBatchEnv
 
@@ -24,7 +25,7 @@ class TorchTask(ABC):
     """
 
     observation_space: ClassVar[gymnasium.spaces.Box]
-    action_space: ClassVar[gymnasium.spaces.Box | gymnasium.spaces.Discrete]
+    action_space: ClassVar[ActionSpace]
     starts_together: ClassVar[bool] = False  # whether start() also takes the generators of many starts
 
     @abstractmethod

@@ -90,13 +90,30 @@ class Agent:
             UserError: the tensors do not fit this agent.
         """
         try:
-            self.module.load_state_dict(_under(state, "policy."))
-            if isinstance(self.norm, ObservationNorm):
-                self.norm.load_state_dict(_under(state, "observation_norm."))
-        except (RuntimeError, KeyError) as error:
-            raise UserError(
-                f"the saved policy does not fit the configuration: {' '.join(str(error).split())}"
-            ) from None
+            check_fit(state, self.state_dict())
+        except ValueError as error:
+            raise UserError(f"the saved policy does not fit the configuration: {error}") from None
+        self.module.load_state_dict(_under(state, "policy."))
+        if isinstance(self.norm, ObservationNorm):
+            self.norm.load_state_dict(_under(state, "observation_norm."))
+
+
+def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Check that tensors have the names, shapes and types of others.
+
+    Raises:
+        ValueError: they differ; the message names a tensor.
+    """
+    for name in [*wanted, *state]:
+        if name not in state:
+            raise ValueError(f"{name} is missing")
+        if name not in wanted:
+            raise ValueError(f"{name} is unknown")
+        own, other = state[name], wanted[name]
+        if (own.shape, own.dtype) != (other.shape, other.dtype):
+            raise ValueError(
+                f"{name} is of shape {tuple(own.shape)} and {own.dtype}, not of {tuple(other.shape)} and {other.dtype}"
+            )
 
 
 def parameter_shapes(

@@ -152,8 +152,9 @@ def require_memory(config: TrainConfig) -> None:
             noise = sources * (vectors + strategy.rank * sum(sum(shape[:2]) for shape in shapes if len(shape) > 1))
         case "dense":
             noise = sources * numbers
+    jobs = max(members * config.task.episodes, config.logging.score_episodes)
     copies = 2 + _OPTIMIZER_COPIES[strategy.optimizer]
-    least = _FLOAT * (copies * numbers + noise + slots * obs_dim) + 4 * _DOUBLE * members * config.task.episodes
+    least = _FLOAT * (copies * numbers + noise + slots * obs_dim) + 4 * _DOUBLE * jobs
     most = _DOUBT * least + _MOST_BYTES_OF_A_SLOT * slots
     if least <= free and most > free and config.compute.backend == "local":
         least = make_plan(config).total

@@ -218,6 +218,7 @@ class TerminalReporter:
 
     def __enter__(self) -> Self:
         """Start the progress bar."""
+        self._last_line = time.monotonic()
         self._bar.start()
         return self
 

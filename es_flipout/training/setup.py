@@ -13,9 +13,10 @@ from es_flipout.config import TrainConfig
 from es_flipout.envs import register_factory
 from es_flipout.envs.factory import Factory
 from es_flipout.errors import UserError
-from es_flipout.rollout.builder import Parts, Say, backend_of, build, make_one_env
+from es_flipout.rollout.builder import Parts, Say, backend_of, build
 from es_flipout.rollout.placement import place
 from es_flipout.rollout.plan import require_memory
+from es_flipout.rollout.players import LocalPlayer, Player
 from es_flipout.training.checkpoint import checkpoints, load_checkpoint
 from es_flipout.training.metrics import Reporter, Silent
 from es_flipout.training.run_directory import read_config
@@ -72,7 +73,7 @@ def make_trainer(
     config = place(config, reporter.say)
     require_memory(config)
     parts = build(config, reporter.say)
-    for warning in [*_ineffective(config), *_of_images(config), *parts.player.warnings]:
+    for warning in [*_ineffective(config), *_of_images(config, parts.player), *parts.player.warnings]:
         reporter.say(warning)
     return Trainer(config, parts, run_dir, reporter)
 
@@ -86,13 +87,11 @@ def _ineffective(config: TrainConfig) -> list[str]:
     return [f"warning: --{name} has no effect without --backend ray" for name in given]
 
 
-def _of_images(config: TrainConfig) -> list[str]:
+def _of_images(config: TrainConfig, player: Player) -> list[str]:
     """Return a warning if the observations are images and the policy is none for images."""
-    if config.policy.kind == "convnet" or config.task.observed is not None or backend_of(config) != "gymnasium":
+    if config.policy.kind == "convnet" or config.task.observed is not None or not isinstance(player, LocalPlayer):
         return []
-    env = make_one_env(config)
-    env.close()
-    shape, numbers = env.observation_shape, env.observation_space.shape[0]
+    shape, numbers = player.envs[0].observation_shape, player.envs[0].observation_space.shape[0]
     if len(shape) not in (2, 3) or numbers < _FEWEST_PIXELS:
         return []
     return [

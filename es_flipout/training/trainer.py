@@ -17,7 +17,7 @@ from torch import Tensor
 from es_flipout.config import TrainConfig
 from es_flipout.envs import EnvironmentFailureError
 from es_flipout.errors import UserError
-from es_flipout.policies.agent import Agent
+from es_flipout.policies.agent import Agent, check_fit
 from es_flipout.policies.observation_norm import ObservationNorm
 from es_flipout.randomness import Address, Stream, integers
 from es_flipout.rollout.builder import Parts
@@ -31,6 +31,7 @@ from es_flipout.training.run_directory import Which
 from es_flipout.training.signals import stop_on_signals
 from es_flipout.training.starts import Starts
 
+_PARTS = {"module", "optimizer", "observation_norm", "frontier", "starts", "best"}  # of a checkpoint
 _SCORE_GENERATION = 2**32 - 1  # a generation that training never reaches
 
 
@@ -217,13 +218,33 @@ class Trainer:
         """
         parts = _by_part(tensors)
         try:
+            self._check(parts)
             self._load_state(tensors, progress.generation)
             self.starts.load_state_dict(parts["starts"])
             self._best = parts["best"] or None
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, LookupError, ValueError) as error:
             message = " ".join(str(error).split())
             raise UserError(f"the checkpoint in {self.run_dir} does not fit its configuration: {message}") from None
         self.progress = progress
+
+    def _check(self, parts: Mapping[str, dict[str, Tensor]]) -> None:
+        """Raise ValueError unless the tensors of a checkpoint have the names, shapes and types of this run's."""
+        if unknown := parts.keys() - _PARTS:
+            raise ValueError(f"{', '.join(sorted(unknown))} is unknown")
+        wanted = _by_part(self._state())
+        for part in ("module", "observation_norm"):
+            check_fit(parts[part], wanted[part])
+        if parts["best"]:
+            check_fit(parts["best"], self._policy())
+        sizes = [value.shape for value in self.strategy.state_dict()["module"].values()]
+        slots: dict[str, set[str]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            slots.setdefault(index, set()).add(key)
+            if value.dtype != torch.float32 or value.shape not in (sizes[int(index)], torch.Size()):
+                raise ValueError(f"optimizer.{name} is of shape {tuple(value.shape)} and {value.dtype}")
+        if len({frozenset(keys) for keys in slots.values()}) > 1 or len(slots) not in (0, len(sizes)):
+            raise ValueError("tensors of the optimizer are missing or unknown")
 
     def _load_state(self, tensors: dict[str, Tensor], generation: int) -> None:
         parts, state = _by_part(tensors), self.strategy.state_dict()

@@ -32,11 +32,12 @@ def needed(extra: str = "") -> dict[str, Distribution | None]:
             continue
         seen.add((name, extras))
         try:
-            found[name] = distribution(name)
+            package = distribution(name)
         except PackageNotFoundError:
             found[name] = None
             continue
-        for text in found[name].requires or []:
+        found[name] = package
+        for text in package.requires or []:
             wanted = Requirement(text)
             marker = wanted.marker
             if marker is None or any(marker.evaluate({"extra": each}) for each in extras or {""}):
@@ -48,14 +49,14 @@ def needed(extra: str = "") -> dict[str, Distribution | None]:
 def licence(package: Distribution) -> str:
     """Return the licence that a package's metadata names."""
     metadata = package.metadata
-    if expression := metadata.get("License-Expression"):
-        return expression
+    if "License-Expression" in metadata:
+        return metadata["License-Expression"]
     named = [
         each.removeprefix(_CLASSIFIER) for each in metadata.get_all("Classifier") or [] if each.startswith(_CLASSIFIER)
     ]
     if named:
         return ", ".join(named)
-    line = (metadata.get("License") or "").strip().partition("\n")[0]
+    line = str(metadata["License"] or "").strip().partition("\n")[0]
     return line if line and len(line) < 60 else "see its licence file"
 
 

@@ -40,6 +40,7 @@ def random_action(env: BatchEnv, rng: np.random.Generator, dtype: type = np.floa
     space = env.action_space
     if isinstance(space, gymnasium.spaces.Discrete):
         return rng.integers(0, space.n, env.num_envs)
+    assert isinstance(space, gymnasium.spaces.Box)
     scale = np.where(np.isfinite(space.high), space.high, 1.0)
     return (rng.uniform(-1.2, 1.2, (env.num_envs, *space.shape)) * scale).astype(dtype)
 

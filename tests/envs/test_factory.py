@@ -16,7 +16,12 @@ from es_flipout.envs import UnsupportedEnvironmentError
 from es_flipout.training.evaluate import evaluate
 from es_flipout.training.setup import make_trainer, resume_trainer
 
-SPACES = [MultiDiscrete([2, 3], start=[4, -1]), MultiDiscrete([[2, 3], [3, 2]]), MultiBinary(3), MultiBinary((2, 2))]
+SPACES = [
+    MultiDiscrete([2, 3], start=[4, -1]),
+    MultiDiscrete(np.array([[2, 3], [3, 2]])),
+    MultiBinary(3),
+    MultiBinary((2, 2)),
+]
 
 
 class Matching(gymnasium.Env):

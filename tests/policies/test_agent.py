@@ -120,7 +120,7 @@ def test_several_choices_at_once() -> None:
     assert binary(torch.tensor([[-0.1, 0.0, 0.1]])).tolist() == [[0, 0, 1]]
 
 
-@pytest.mark.parametrize("space", [MultiDiscrete([[2, 3]]), Tuple((Discrete(2), Discrete(3)))])
+@pytest.mark.parametrize("space", [MultiDiscrete(np.array([[2, 3]])), Tuple((Discrete(2), Discrete(3)))])
 def test_unsupported_action_spaces_are_named(space: gymnasium.Space) -> None:
     with pytest.raises(UserError, match=r"action space (MultiDiscrete|Tuple)"):
         agent(action_space=space)
