@@ -41,8 +41,20 @@ TASKS = {
     "CartPole-v1": ("--optimizer", "adam"),
     "Hopper-v5": ("--optimizer", "clipup", "--threads", "1"),
 }
+GENERATIONS = 40
 OPTIONS = [
-    *("--generations", "150", "--env-steps", "None", "--population-size", "8", "--hidden", "8", "--score-every", "7"),
+    *(
+        "--generations",
+        str(GENERATIONS),
+        "--env-steps",
+        "None",
+        "--population-size",
+        "8",
+        "--hidden",
+        "8",
+        "--score-every",
+        "7",
+    ),
     *(
         "--score-episodes",
         "2",
@@ -56,7 +68,7 @@ OPTIONS = [
     *("--sigma", "0.1", "--sigma-final", "0.05", "--learning-rate", "0.05", "--learning-rate-final", "0.01"),
 ]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LONGEST_S = 120.0  # a process that takes longer hangs
+LONGEST_S = 300.0  # a process that takes longer hangs, even on a busy machine
 
 
 @dataclass
@@ -136,7 +148,7 @@ def phase(run_dir: Path) -> str:
         return "first checkpoint"
     temporary = any(run_dir.rglob(".*.tmp"))
     rows = (run_dir / "metrics.csv").read_text(encoding="utf-8").count("\n") - 1
-    return "writing" if temporary else "scoring" if rows >= 150 else "training"
+    return "writing" if temporary else "scoring" if rows >= GENERATIONS else "training"
 
 
 def handles_signals(process: subprocess.Popen[str]) -> bool:
@@ -151,8 +163,8 @@ def handles_signals(process: subprocess.Popen[str]) -> bool:
 def disturb(process: subprocess.Popen[str], folder: Path, event: str, dice: random.Random, counts: Counts) -> list[str]:
     """Let an event happen to a process, wait for its end, and return what went wrong."""
     problems: list[str] = []
-    longest = dice.choice((1.0, 4.0, 12.0))
-    time.sleep(dice.uniform(0, longest))
+    if event != "none":
+        time.sleep(dice.uniform(0, dice.choice((1.0, 4.0, 12.0))))
     if event == "kill":
         counts.phases[phase(folder / "run")] += 1
         process.kill()
@@ -188,10 +200,9 @@ def one_run(folder: Path, seed: int, counts: Counts) -> None:
     env_id = dice.choice(sorted(TASKS))
     whole = folder / "whole"
     whole.mkdir()
-    process = start(whole, *command(whole, env_id, seed))
-    _, said = process.communicate(timeout=LONGEST_S)
-    if process.returncode:
-        counts.problems.append(f"seed {seed}: undisturbed: {said}")
+    problems = disturb(start(whole, *command(whole, env_id, seed)), whole, "none", dice, counts)
+    if problems:
+        counts.problems += [f"seed {seed}, {env_id}, undisturbed: {problem}" for problem in problems]
         return
     ended = False
     while not ended:
