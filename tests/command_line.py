@@ -53,7 +53,9 @@ for name, kwargs in {
 """
 
 
-def run(*args: str | Path, cwd: Path, file_size: int | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *args: str | Path, cwd: Path, file_size: int | None = None, timeout: float = 100
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a real process; with ``file_size``, files cannot grow beyond it."""
 
     def limit() -> None:
@@ -66,7 +68,7 @@ def run(*args: str | Path, cwd: Path, file_size: int | None = None) -> subproces
         env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(cwd)))},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=timeout,
         check=False,
         preexec_fn=limit,
     )

@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from es_flipout import cli
+from es_flipout.cli.entry import _COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,6 +47,7 @@ NOT_HERE = {
     r"--ray-address \d": "that machine is the reader's",
     r"--ray-address auto": "there is no cluster to join",
 }
+COMMAND = rf"es-flipout (?={'|'.join(_COMMANDS)})"
 SLOW = r"--backend ray|es-flipout (bench|tune)|Ant-v5|MinAtar|65536"
 
 
@@ -103,16 +105,16 @@ def run_page(page: Path, here: Path, slow: bool) -> None:
     names: dict[str, object] = {}
     for block in blocks(page):
         language = block.info.split()[0] if block.info else "sh"
-        if language == "python":
-            if title := re.search(r'title="(\S+)"', block.info):
-                (here / title[1]).write_text(block.code, encoding="utf-8")
-            elif block.reason is None:
+        if title := re.search(r'title="(\S+)"', block.info):
+            (here / title[1]).write_text(block.code, encoding="utf-8")
+        elif language == "python":
+            if block.reason is None:
                 exec(compile(re.sub(r"range\(\d\d+\)", "range(3)", block.code), str(page), "exec"), names)
         else:
             assert language == "sh", f"{page.name}: a block is python or sh, not {language}"
             for line in block.lines:
                 with_reason = block.reason is not None or any(re.search(each, line) for each in NOT_HERE)
-                if re.search(r"es-flipout (train|resume|evaluate|plan|bench|envs|tune)", line):
+                if re.search(COMMAND, line):
                     options_exist(line)
                 if not with_reason and (slow or not re.search(SLOW, line)):
                     run_line(line, here)
@@ -120,7 +122,7 @@ def run_page(page: Path, here: Path, slow: bool) -> None:
 
 def arguments(line: str) -> list[str]:
     """The arguments after ``es-flipout``; a command in quotes is an argument of another one."""
-    before, after = re.split(r"es-flipout (?=train|resume|evaluate|plan|bench|envs|tune)", line, maxsplit=1)
+    before, after = re.split(COMMAND, line, maxsplit=1)
     return shlex.split(after.rstrip(before[-1]) if before.endswith(("'", '"')) else after)
 
 
@@ -156,7 +158,7 @@ def run_command(words: list[str], here: Path) -> None:
     said = io.StringIO()
     if "ray" in words:  # in a process of its own, which ends Ray
         words += ["--workers", "1"]
-        done = command_line.run(*words, cwd=here)
+        done = command_line.run(*words, cwd=here, timeout=400)  # Ray starts slowly on a busy machine
         code, text = done.returncode, done.stderr
     else:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):

@@ -69,7 +69,7 @@ def members() -> Figure:
         (noise[3], r"partner: $-B \circ r_n s_n^T$"),
     ]
     for axis, (values, title) in zip(axes, panels, strict=True):
-        axis.imshow(values, cmap="RdBu_r", vmin=-2, vmax=2)
+        axis.imshow(values.numpy(), cmap="RdBu_r", vmin=-2, vmax=2)
         axis.set_title(title)
         axis.set_xticks([])
         axis.set_yticks([])
