@@ -22,16 +22,11 @@ def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
-def test_examples_run_and_the_first_one_learns() -> None:
+def test_the_first_example_learns() -> None:
     names: dict[str, object] = {}
-    first, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     exec(first.replace("range(100)", "range(30)"), names)
     trained, x, y = names["trained"], names["x"], names["y"]
     with torch.no_grad():
         error = float((trained(x) - y).square().mean())  # type: ignore[operator]
     assert error < float(y.square().mean())  # type: ignore[attr-defined]
-    assert others
-    for block in others:
-        exec(block, names)
-    assert names["logits"].shape == (64, 8, 16, 50)  # type: ignore[attr-defined]
-    assert names["network"][1].weight.grad is None  # type: ignore[index]  (the converter copies)

@@ -42,6 +42,8 @@ TASKS = {
     "Walker2d-v5": Target(6000, 5000, "PGPE 5232 @ 37M, APPO 5488"),
 }
 
+FRONT = ("HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "InvertedDoublePendulum-v5")
+
 
 def main() -> None:
     """Run the sweep, and write the table and the figure."""
@@ -50,6 +52,7 @@ def main() -> None:
         jobs = [job(env_id, env_id, seed) for env_id in options.envs for seed in options.seeds]
         sweep(jobs, options.out, options.processes)
     report.write_table(options.out, table(options.out))
+    (options.out / "front.md").write_text(front(options.out), encoding="utf-8")
     plot(options.out)
 
 
@@ -75,6 +78,25 @@ def table(out: Path) -> str:
             )
     header = "environment | median seed | seeds, worst to best | median, last policy | env steps | one core | target | others"
     return report.markdown(header, rows)
+
+
+def front(out: Path) -> str:
+    """A few rows for the README."""
+    finished, rows = final_scores(out), report.read_csv(out / "runs.csv").groupby("name")
+    steps, seconds = rows["env_steps"].median(), rows["train_s"].median()
+    lines = [
+        (
+            name,
+            f"**{median(finished[name]):,.0f}**",
+            listed(finished[name]),
+            f"{steps[name] / 1e6:.1f}M",
+            f"{seconds[name]:,.0f} s",
+            TASKS[name].mark,
+        )
+        for name in FRONT
+        if name in finished
+    ]
+    return report.markdown("environment | median seed | seeds, worst to best | env steps | on one core | others", lines)
 
 
 def _against(score: float, target: float | None) -> str:
