@@ -3,10 +3,10 @@
     .venv/bin/python scripts/checks/chaos.py --minutes 30 --seed 0      (or: make chaos MINUTES=30)
 
 An event is one of: ``kill`` (SIGKILL, at any time from the start of the process on), ``storm`` (two to six of SIGINT, SIGTERM and
-SIGHUP within milliseconds), ``rival`` (a second ``resume`` of the same run, which must be refused), or ``none``. A process
-that is not killed must end with exit code 0, or with 128 plus the signal and one line; never with a traceback. The weights, the state
-of the optimizer, the statistics, the policies and the metrics (without times) of a finished run must be bitwise those of the
-undisturbed one. Counts are printed, and written to the file ``--output``.
+SIGHUP within milliseconds), ``rival`` (a second ``resume`` of the same run, which must be refused), or ``none``. A process that
+is not killed must end with exit code 0, or with 128 plus the signal and one line, never with a traceback. The weights, the
+state of the optimizer, the statistics, the policies and the metrics (without times) of a finished run must be bitwise those of
+the undisturbed one. Counts are printed, and written to the file ``--output``.
 """
 
 from __future__ import annotations
