@@ -39,11 +39,13 @@ REDUCED = {  # the last occurrence of an option counts
     "resume": "",
     "evaluate": "--episodes 1",
     "tune": "--trials 1 --seeds 1 --jobs 1 --confirm 0 --population-size 4 --env-steps 60 --score-episodes 1",
+    "render": "--steps 3",
     "bench forward": "--widths 8 --populations 8 --rounds 1 --seconds-per-point 0 --memory-members 0 --wide 0",
     "bench rollout": "--env-ids HalfCheetah-v5 --populations 4 --rounds 1 --seconds 0 --shortest-episode 10 --no-gymnasium",
     "bench compare": "--population-size 4 --rounds 1 --seconds 0 --hidden 4 --workers 1",
 }
 NOT_HERE = {
+    r"es-flipout play": "there is no display",
     r"--ray-address \d": "that machine is the reader's",
     r"--ray-address auto": "there is no cluster to join",
 }

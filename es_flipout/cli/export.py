@@ -53,7 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     for way, (names, values) in zip(("input", "output"), shown, strict=True):
         for name, (dtype, shape) in zip(names, values, strict=True):
             print(f"  {way:7} {name:12} {dtype:8} ({', '.join(['batch', *map(str, shape)])})")
-    what = "different actions" if not signature.action else "largest difference of an action"
-    difference = f"{check.difference:.1%}" if not signature.action else f"{check.difference:.2g}"
+    discrete = signature.action_dtype.startswith("int")
+    what = "different actions" if discrete else "largest difference of an action"
+    difference = f"{check.difference:.1%}" if discrete else f"{check.difference:.2g}"
     print(f"checked against the agent over an episode of {check.steps:,} steps: {what} {difference}")
     return 0

@@ -84,7 +84,8 @@ class Check:
 
     Attributes:
         steps: steps of the episode.
-        difference: largest absolute difference of an action's entry (Discrete: fraction of different actions).
+        difference: largest absolute difference of an action's entry (of other spaces than ``Box``: the fraction of
+            steps with different actions).
     """
 
     steps: int
@@ -135,6 +136,7 @@ def compare(policy: TrainedPolicy, exported: Exported, seed: int = FIRST_SEED) -
     """
     env, env_id = make_gymnasium_env(policy.config), policy.config.task.env_id
     differences: list[float] = []
+    discrete = not isinstance(policy.action_space, gymnasium.spaces.Box)
     policy.reset()
     try:
         observation, _ = env.reset(seed=seed)
@@ -143,14 +145,13 @@ def compare(policy: TrainedPolicy, exported: Exported, seed: int = FIRST_SEED) -
             row = _expected(policy, observation)[None]
             action, (other, state) = policy.act(observation), exported(row, state)
             difference = np.abs(np.asarray(action, np.float64) - np.asarray(other[0], np.float64))
-            differences.append(float(difference.max()) if isinstance(action, np.ndarray) else float(difference > 0))
+            differences.append(float((difference > 0).any()) if discrete else float(difference.max()))
             observation, _, terminated, truncated, _ = env.step(action)
             ended = terminated or truncated
     except (Exception, SystemExit) as error:
         raise EnvironmentFailureError(f"{env_id} failed: {described(error)}") from error
     finally:
         env.close()
-    discrete = isinstance(policy.action_space, gymnasium.spaces.Discrete)
     return Check(len(differences), float(np.mean(differences) if discrete else np.max(differences)))
 
 
@@ -203,6 +204,8 @@ class _Deployed(nn.Module):
         else:
             assert self._space.shape is not None
             action = action.unflatten(1, self._space.shape)
+        if isinstance(self._space, gymnasium.spaces.MultiDiscrete):
+            action = action + torch.as_tensor(self._space.start)
         return (action,) if after is None else (action, after)
 
 

@@ -45,6 +45,24 @@ def locked(run_dir: Path) -> Iterator[None]:
         os.close(file)
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Return whether a process holds the lock of a run directory; always False where the system has no locks."""
+    try:
+        file = os.open(run_dir / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    finally:
+        os.close(file)
+    return False
+
+
 def _open(path: Path) -> int:
     """Open and lock the file, and return its descriptor."""
     assert fcntl is not None
