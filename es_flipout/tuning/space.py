@@ -34,6 +34,7 @@ NAMES = (
 """What can be searched: flat names of options. ``policy`` stands for the kind of network and its hidden sizes."""
 
 _ONLY_ON_REQUEST = frozenset({"antithetic", "episodes", "optimizer", "observation_norm"})
+_FEWEST_GENERATIONS = 5  # of whole episodes
 _LONG_EPISODES = 400  # steps; from here on, shorter episodes or segments may help
 
 
@@ -159,7 +160,10 @@ def _domain(name: str, config: TrainConfig, traits: Traits) -> Domain:
             return _range(_ratio(start, strategy.sigma), 0.1, 1.0, clamp=True)
         case "population_size":
             sizes = {start, *(max(2 * round(start * factor / 2), 4) for factor in (0.25, 0.5, 2, 4))}
-            return Choice(start, tuple(sorted(sizes)))
+            # The last generation of a run is completed, so few large ones would train longer than the others.
+            steps = config.schedule.env_steps
+            most = max(sizes) if steps is None else steps // (_FEWEST_GENERATIONS * task.episodes * max(limit, 1))
+            return Choice(start, tuple(sorted(size for size in sizes if size <= max(start, most))))
         case "policy":
             kind, sizes = config.policy.kind, ((16,), (32, 32), (64, 64))
             if kind == "recurrent":

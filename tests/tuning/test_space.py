@@ -11,7 +11,7 @@ from es_flipout.errors import UserError
 from es_flipout.presets import preset
 from es_flipout.tuning.result import preset_options
 from es_flipout.tuning.search import _traits
-from es_flipout.tuning.space import NAMES, LogRange, Traits, configured, make_space, start_of, suggest
+from es_flipout.tuning.space import NAMES, Choice, LogRange, Traits, configured, make_space, start_of, suggest
 
 RUNNER = Traits(box_actions=True, alive_bonus=True, restorable=True, max_episode_steps=1000)
 POLE = Traits(box_actions=False, alive_bonus=False, restorable=True, max_episode_steps=500)
@@ -39,6 +39,21 @@ def test_the_space_follows_the_task() -> None:
     assert runner - foreign == {"horizon", "episode_cap", "episode_cap_until", "remove_alive_bonus"}
     assert set(make_space(preset("Hopper-v5"), RUNNER, fixed=("sigma", "hidden"))) == runner - {"sigma", "policy"}
     assert list(make_space(preset("Hopper-v5"), RUNNER, ("episodes", "sigma"), ("sigma",))) == ["sigma", "episodes"]
+
+
+@pytest.mark.parametrize(
+    ("env_steps", "sizes"),
+    [
+        (None, (8, 16, 32, 64, 128)),
+        (5 * 500 * 128, (8, 16, 32, 64, 128)),
+        (5 * 500 * 128 - 1, (8, 16, 32, 64)),
+        (1000, (8, 16, 32)),
+    ],
+)
+def test_no_population_uses_up_the_run_in_a_few_generations(env_steps: int | None, sizes: tuple[int, ...]) -> None:
+    config = TrainConfig.of("Any-v0", population_size=32, env_steps=env_steps)
+    domain = make_space(config, POLE, ["population_size"])["population_size"]
+    assert domain == Choice(32, sizes)
 
 
 @pytest.mark.parametrize(
