@@ -164,7 +164,11 @@ def disturb(process: subprocess.Popen[str], folder: Path, event: str, dice: rand
     """Let an event happen to a process, wait for its end, and return what went wrong."""
     problems: list[str] = []
     if event != "none":
-        time.sleep(dice.uniform(0, dice.choice((1.0, 4.0, 12.0))))
+        begun = folder / "run" / "metrics.csv"
+        if dice.random() < 0.7:  # after the start-up, which takes most of the time of these short runs
+            while process.poll() is None and not (begun.exists() and (folder / "run" / LOCK).exists()):
+                time.sleep(0.01)
+        time.sleep(dice.uniform(0, dice.choice((0.3, 1.0, 4.0))))
     if event == "kill":
         counts.phases[phase(folder / "run")] += 1
         process.kill()
