@@ -342,7 +342,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """Scores and checkpoints."""
+    """Scores, checkpoints and trackers."""
 
     score_every: int = 10
     """Generations between two scores of the mean policy."""
@@ -354,6 +354,8 @@ class Logging:
     """Generations between two checkpoints."""
     keep_checkpoints: int = 3
     """Number of checkpoints to keep."""
+    track: tuple[str, ...] = ("tensorboard",)
+    """Trackers: tensorboard, wandb, mlflow, trackio (extras of the same names), or module:Class for one's own."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -362,7 +364,13 @@ class Logging:
             UserError: a value is out of range; the message names the option and the allowed values.
         """
         _check_values(self)
-        _at_least_one(self, *(field.name for field in dataclasses.fields(self)))
+        _at_least_one(self, *(field.name for field in dataclasses.fields(self) if field.name != "track"))
+        _require(len(set(self.track)) == len(self.track), "track", "different trackers", " ".join(self.track))
+
+    @property
+    def own_trackers(self) -> tuple[str, ...]:
+        """The trackers that are classes of one's own."""
+        return tuple(name for name in self.track if ":" in name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,9 @@ class ResumeOptions:
     ray_address: str | None = None
     """Ray cluster to join."""
     trust: bool = False
-    """Allow the run to import the Python module of its environment, and to join its Ray cluster."""
+    """Allow the run to import Python modules that it names, and to join its Ray cluster."""
+    track: tuple[str, ...] | None = None
+    """Trackers; None for those of the run."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -51,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
 
     console = Console(stderr=True)
     saved = read_config(options.run_dir, options.trust)
-    moved = {name: getattr(options, name) for name in ("backend", "workers", "ray_address", "device")}
+    moved = {name: getattr(options, name) for name in ("backend", "workers", "ray_address", "device", "track")}
     changes: dict[str, Any] = {name: value for name, value in moved.items() if value is not None}
     if options.device is not None:
         # Where physics runs, and how many environments fit there, was decided for the device before.

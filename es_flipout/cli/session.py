@@ -21,6 +21,8 @@ from es_flipout.training.run_directory import Which, write_evaluation
 from es_flipout.training.setup import Build, build_engine
 from es_flipout.training.trainer import Trainer
 
+_SCORES = ("mean_return", "std_return", "median_return")
+
 
 def build_for(config: TrainConfig) -> Build:
     """Return the function that builds the parts of a run: the engine's, or that of the classic baseline."""
@@ -53,14 +55,15 @@ def starting_up(console: Console, env_id: str, advice: str) -> Iterator[None]:
 
 def resume_command(config: TrainConfig, run_dir: Path) -> str:
     """Return the command that continues a run of one's own."""
-    trust = "" if config.task.module is None else " --trust"
+    own_code = config.task.module is not None or config.logging.own_trackers
+    trust = " --trust" if own_code else ""
     return f"es-flipout resume {shlex.quote(str(run_dir))}{trust}"
 
 
 def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
     """Train, score in the single Gymnasium environment, and print the run directory; return the exit code."""
     try:
-        trainer.train()
+        trainer.train(lambda: _score(trainer, run_dir, console))
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise
@@ -70,7 +73,12 @@ def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
         at = trainer.progress
         print(f"stopped after generation {at.generation} ({at.env_steps:,} environment steps)")
         print(f"continue with: {resume_command(trainer.config, run_dir)}")
-        return 0
+    return 0
+
+
+def _score(trainer: Trainer, run_dir: Path, console: Console) -> dict[str, float]:
+    """Score the best and the last policy, write and print the evaluations, and return what the trackers get."""
+    scores: dict[str, float] = {}
     env_id, progress = trainer.config.task.env_id, trainer.progress
     generations: dict[Which, int | None] = {"best": progress.best_generation, "last": progress.generation}
     if progress.best_generation == progress.generation:
@@ -82,8 +90,10 @@ def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
                 played = evaluate(trainer.trained_agent(which), trainer.config, episodes, on_episode=bar.show)
         except KeyboardInterrupt:
             print(f"stopped while scoring; score with: {resume_command(trainer.config, run_dir)}")
-            return 0
+            return scores
         write_evaluation(run_dir, dataclasses.replace(played, which=which, generation=generation))
+        name = "evaluation" if which == "best" else "evaluation_last"
+        scores |= {f"{name}/{key}": getattr(played, key) for key in _SCORES}
         print(
             f"{which} policy (generation {generation}): score {played.mean_return:,.1f} (sd {played.std_return:,.1f}, "
             f"median {played.median_return:,.1f}) over {played.episodes} episodes of {env_id} in Gymnasium "
@@ -91,4 +101,4 @@ def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
         )
     print(f"trained on {progress.env_steps:,} environment steps in {progress.wall_s:,.0f} s")
     print(f"run directory: {run_dir}")
-    return 0
+    return scores

@@ -1,4 +1,4 @@
-"""Metrics of a run: ``metrics.csv``, TensorBoard events, and terminal output."""
+"""Metrics of a run: ``metrics.csv`` and terminal output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import re
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +16,6 @@ from typing import Protocol, Self
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 
 from es_flipout.training.checkpoint import atomic_write
 
@@ -53,15 +51,19 @@ class Metrics:
     nan_returns: int
     """Number of members whose return is NaN (ranked worst)."""
 
+    def measured(self) -> dict[str, float]:
+        """Return what was measured in this generation, by name."""
+        return {name: value for name, value in asdict(self).items() if name != "generation" and value is not None}
+
 
 COLUMNS = tuple(field.name for field in fields(Metrics))
 
 
 class MetricsLog:
-    """Appends every generation to ``metrics.csv`` and to TensorBoard events in the run directory."""
+    """Appends every generation to ``metrics.csv`` in the run directory."""
 
     def __init__(self, run_dir: Path, generation: int) -> None:
-        """Open the logs and drop rows after ``generation``, which a run wrote after its last checkpoint."""
+        """Open the file and drop rows after ``generation``, which a run wrote after its last checkpoint."""
         self._path = run_dir / "metrics.csv"
         rows = [",".join(COLUMNS)]
         if self._path.exists():
@@ -69,9 +71,6 @@ class MetricsLog:
             rows += [line.removesuffix("\n") for line in lines if _before(line, generation)]
         atomic_write(self._path, "\n".join(rows) + "\n")
         self._file = self._path.open("a", encoding="utf-8", newline="")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=generation + 1)
-        self._excepthook = threading.excepthook
-        threading.excepthook = self._in_thread
 
     def write(self, metrics: Metrics) -> None:
         """Append one generation."""
@@ -80,25 +79,11 @@ class MetricsLog:
         with _naming(self._path):
             self._file.write(text.getvalue())
             self._file.flush()
-        for name, value in asdict(metrics).items():
-            if name != "generation" and value is not None:
-                with _naming(self._path.with_name("tensorboard")):
-                    self._board.add_scalar(name, value, metrics.generation)
 
     def close(self) -> None:
         """Flush and close."""
-        try:
-            with _naming(self._path):
-                self._file.close()
-            with _naming(self._path.with_name("tensorboard")):
-                self._board.close()
-        finally:
-            threading.excepthook = self._excepthook
-
-    def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes in a thread. If the disk is full, this thread gets the same error, and reports it.
-        if not issubclass(failed.exc_type, OSError):
-            self._excepthook(failed)
+        with _naming(self._path):
+            self._file.close()
 
 
 @contextlib.contextmanager

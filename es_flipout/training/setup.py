@@ -20,6 +20,8 @@ from es_flipout.rollout.players import LocalPlayer, Player
 from es_flipout.training.checkpoint import checkpoints, load_checkpoint
 from es_flipout.training.metrics import Reporter, Silent
 from es_flipout.training.run_directory import read_config
+from es_flipout.training.trackers import make_tracker
+from es_flipout.training.tracking import Tracking
 from es_flipout.training.trainer import Trainer
 
 _FEWEST_PIXELS = 64  # smaller arrays are hardly images
@@ -56,7 +58,7 @@ def make_trainer(
             ``Mine-v0``), for an environment that is not registered.
 
     Raises:
-        UserError: the environment, a space or a device is not supported.
+        UserError: the environment, a space or a device is not supported, or a tracker's package is missing.
     """
     reporter = reporter if reporter is not None else Silent()
     if factory is not None:
@@ -68,6 +70,8 @@ def make_trainer(
             f"horizon needs an environment whose state can be restored (es-flipout envs lists them), and {config.task.env_id} "
             "runs through Gymnasium's vector API"
         )
+    # Before anything is measured or written: a package may be missing.
+    trackers = {} if run_dir is None else {name: make_tracker(name) for name in config.logging.track}
     # Small layers stall with more than one intra-op thread, and the other cores are needed for physics.
     torch.set_num_threads(1)
     config = place(config, reporter.say)
@@ -75,7 +79,7 @@ def make_trainer(
     parts = build(config, reporter.say)
     for warning in [*_ineffective(config), *_of_images(config, parts.player), *parts.player.warnings]:
         reporter.say(warning)
-    return Trainer(config, parts, run_dir, reporter)
+    return Trainer(config, parts, run_dir, reporter, Tracking(trackers, reporter.say))
 
 
 def _ineffective(config: TrainConfig) -> list[str]:
@@ -117,7 +121,7 @@ def resume_trainer(
             results; another device rounds differently.
         build: see :func:`make_trainer`.
         factory: see :func:`make_trainer`.
-        trust: whether the module and the Ray cluster that the run names may be used: both can execute code here.
+        trust: whether the modules and the Ray cluster that the run names may be used: they can execute code here.
 
     Raises:
         UserError: the directory is missing or incomplete, was written by another version, or is not trusted.
@@ -134,6 +138,11 @@ def resume_trainer(
         raise UserError(
             f"{run_dir} was trained on the Ray cluster at {compute.ray_address}, and a Ray cluster can execute code on "
             "every machine that joins it: name the cluster with --ray-address, or use --trust (in Python, trust=True)"
+        )
+    if config.logging.own_trackers and "track" not in changes and not trust:
+        raise UserError(
+            f"{run_dir} imports, and so executes, the trackers {', '.join(config.logging.own_trackers)}: choose others with "
+            "--track, or use --trust (in Python, trust=True)"
         )
     # A run that died before its first checkpoint starts from its configuration, which determines everything.
     untouched = not (run_dir / "metrics.csv").exists() and not checkpoints(run_dir / "checkpoints")

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from es_flipout.training.metrics import Metrics, MetricsLog, Reporter, Silent
 from es_flipout.training.run_directory import Which
 from es_flipout.training.signals import stop_on_signals
 from es_flipout.training.starts import Starts
+from es_flipout.training.tracking import Tracking
 
 _PARTS = {"module", "optimizer", "observation_norm", "frontier", "starts", "best"}  # of a checkpoint
 _SCORE_GENERATION = 2**32 - 1  # a generation that training never reaches
@@ -50,6 +51,7 @@ class Trainer:
         config: configuration of the run.
         agent, strategy, player: the parts of the run.
         run_dir: directory for all output; None to write nothing.
+        tracking: the trackers of the run.
         progress: progress of the run.
         frontier: where the episodes continue, if the configuration has a horizon.
         starts: the independent starts, if the configuration has several.
@@ -58,13 +60,19 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, parts: Parts, run_dir: Path | None = None, reporter: Reporter | None = None
+        self,
+        config: TrainConfig,
+        parts: Parts,
+        run_dir: Path | None = None,
+        reporter: Reporter | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         """Store the parts of the run; nothing is written yet."""
         self.config = config
         self.agent, self.strategy, self.player = parts
         self.run_dir = run_dir
         self.reporter = reporter if reporter is not None else Silent()
+        self.tracking = tracking if tracking is not None else Tracking({}, self.reporter.say)
         self.progress = Progress(generation=0, env_steps=0, wall_s=0.0, score=None)
         self.frontier = Frontier()
         self.interrupted = False
@@ -81,11 +89,27 @@ class Trainer:
         """Whether the run has reached its end."""
         return self._fraction() >= 1.0
 
-    def train(self) -> None:
-        """Train to the end of the run or until interrupted, and save everything."""
+    def train(self, final_scores: Callable[[], Mapping[str, float]] | None = None) -> None:
+        """Train to the end of the run or until interrupted, and save everything.
+
+        Args:
+            final_scores: called at the end of the run (not if it was interrupted); the trackers get what it returns.
+        """
+        state, scores = "failed", {}
+        try:
+            self._train()
+            state = "interrupted" if self.interrupted else "finished"
+            if final_scores is not None and not self.interrupted:
+                scores = final_scores()
+        finally:
+            self.tracking.finish(state, scores)
+
+    def _train(self) -> None:
         log = None if self.run_dir is None else MetricsLog(self.run_dir, self.progress.generation)
         with stop_on_signals(lambda _: self.interrupt()), self.reporter:
             try:
+                if self.run_dir is not None:
+                    self.tracking.start(self.run_dir, self.config, self.progress.generation)
                 while not (self.finished or self.interrupted):
                     try:
                         metrics = self.step()
@@ -94,6 +118,7 @@ class Trainer:
                         raise
                     if log is not None:
                         log.write(metrics)
+                    self.tracking.log(metrics)
                     if self.finished or metrics.generation % self.config.logging.checkpoint_every == 0:
                         self.save()
                     self.reporter.show(metrics, self._fraction())

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from es_flipout.training import metrics as metrics_module
 from es_flipout.training.metrics import COLUMNS, EpisodeBar, Metrics, MetricsLog, TerminalReporter
@@ -107,23 +106,6 @@ def test_rubbish_is_dropped(tmp_path: Path, rubbish: str) -> None:
     path.write_text(whole + rubbish, encoding="utf-8")
     write(tmp_path, 5)
     assert path.read_text(encoding="utf-8") == whole
-
-
-def test_tensorboard_events_hold_every_number(tmp_path: Path) -> None:
-    write(tmp_path, 0, row(1), SECOND)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == set(COLUMNS) - {"generation"}
-    assert [event.step for event in events.Scalars("mean_length")] == [1, 2]
-    assert [(event.step, event.value) for event in events.Scalars("score")] == [(2, 12.5)]
-
-
-def test_tensorboard_forgets_what_was_undone(tmp_path: Path) -> None:
-    write(tmp_path, 0, row(1, 1.0), row(2, 2.0), row(3, 3.0))
-    write(tmp_path, 1, row(2, 20.0))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("score")] == [(1, 1.0), (2, 20.0)]
 
 
 def shown(terminal: bool, *rows: tuple[Metrics, float], say: str | None = None) -> str:
