@@ -10,12 +10,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.table import Table
 
 from es_flipout.bench.contenders import STAGES, Contender
 from es_flipout.bench.timing import SideBySide, Spread
 
 Splits = Mapping[str, Mapping[str, float | None]]
+# Label and color of an engine in the figure.
+_ENGINES = {
+    "engine_cpu": ("engine, CPU", "tab:blue"),
+    "engine_ray": ("engine on Ray, CPU", "tab:orange"),
+    "engine_cuda": ("engine, GPU", "tab:red"),
+}
 _STAGE_COLORS = ("#4477aa", "#ccbb44", "#ee6677", "#228833")
 
 
@@ -127,27 +134,26 @@ def _point(each: Contender, timings: SideBySide, split: Mapping[str, float | Non
 
 
 def _sentences(results: Mapping[str, Any]) -> list[str]:
-    """Return the conclusions as sentences, including which of them are extrapolations."""
-    counts, sentences = results["scaling"]["workers"], []
-    for name, found in results["equivalent_cores"].items():
-        linear = found["linear"]
-        sentences.append(
-            f"{name} does the work of {linear['median']:.1f} classic cores ({linear['min']:.1f} to {linear['max']:.1f})"
-            + (
-                f"; this is an extrapolation by linear scaling, as at most {max(counts)} workers were measured."
-                if found["extrapolated"]
-                else "."
-            )
-        )
-        if found["extrapolated"] and found["power_law"] is not None:
-            power, exponent = found["power_law"], results["scaling"]["exponent"]
-            sentences.append(
-                f"With the scaling measured up to {max(counts)} workers (workers to the power of {exponent['median']:.2f}) it "
-                f"would be {power['median']:.1f} ({power['min']:.1f} to {power['max']:.1f}), also an extrapolation."
-            )
+    """Return the conclusions as sentences. An asterisk marks what is extrapolated; one sentence explains it."""
+    most, equivalent = max(results["scaling"]["workers"]), results["equivalent_cores"]
+    sentences = []
+    for name, found in equivalent.items():
+        mark = "*" if found["extrapolated"] else ""
+        sentences.append(f"{name} does the work of {_spread(found['linear'], mark)} classic cores.")
+    beyond = {name: found["power_law"] for name, found in equivalent.items() if found["extrapolated"]}
+    if beyond:
+        sentences.append(f"* More than {most} classic workers were not measured: extrapolated by linear scaling.")
+        if all(beyond.values()):
+            exponent = results["scaling"]["exponent"]["median"]
+            found = ", ".join(f"{name} {_spread(power)}" for name, power in beyond.items())
+            sentences[-1] += f" With the measured scaling (workers to the power of {exponent:.2f}): {found}."
     if any(point["device"] == "cuda" and point["dollars_per_1e9"] for point in results["contenders"].values()):
         sentences.append("The price of the GPU is that of its whole machine.")
     return sentences
+
+
+def _spread(spread: Mapping[str, float], mark: str = "") -> str:
+    return f"{spread['median']:.1f}{mark} ({spread['min']:.1f} to {spread['max']:.1f})"
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
@@ -156,11 +162,12 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         title=f"{results['env_id']}, population {results['population_size']}, {results['mean_policy']} mean policy",
         caption="Live environment steps per second: median over rounds (smallest-largest)",
     )
-    for name in ("", "cores", "steps/s", "classic cores", "$ per 10⁹ steps"):
-        rates.add_column(name, justify="right" if name else "left")
     shares = Table(caption="Fractions of the time of one extra generation")
-    for name in ("", *STAGES):
-        shares.add_column(name, justify="right" if name else "left")
+    columns = ("cores", "steps/s", "equivalent classic cores", "$ per 10⁹ steps")
+    for table, names in ((rates, columns), (shares, STAGES)):
+        table.add_column("contender")
+        for name in names:
+            table.add_column(name, justify="right")
     for name, point in results["contenders"].items():
         rate, price = point["steps_per_s"], point["dollars_per_1e9"]
         equal = results["equivalent_cores"].get(name)
@@ -168,7 +175,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             name,
             str(point["cores"]),
             f"{rate['median']:,.0f} ({rate['min']:,.0f}-{rate['max']:,.0f})",
-            "-" if equal is None else f"{equal['linear']['median']:.1f}" + " (extrapolated)" * equal["extrapolated"],
+            "-" if equal is None else f"{equal['linear']['median']:.1f}" + "*" * equal["extrapolated"],
             "-" if price is None else f"{price['median']:,.2f}",
         )
         split = [point["split"][part] for part in STAGES]
@@ -177,7 +184,13 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Plot rates against cores with the fit, and the split of time, to a PNG file."""
+    """Write :func:`figure_of` to a PNG file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure_of(results).savefig(path, dpi=150)
+
+
+def figure_of(results: Mapping[str, Any]) -> Figure:
+    """Return a figure of rates against cores, with the fit and a line per engine, and of the split of time."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     rates, shares = figure.subplots(1, 2)
@@ -199,11 +212,16 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         linestyle=":",
         label="linear extrapolation",
     )
-    for number, (name, point) in enumerate(engines.items()):
-        rate, color = point["steps_per_s"], f"C{number}"
-        rates.axhline(rate["median"], color=color, label=f"{name} ({rate['median']:,.0f})")
+    for name, point in engines.items():
+        rate, (label, color) = point["steps_per_s"], _ENGINES[name]
+        rates.axhline(rate["median"], color=color, label=f"{label}: {rate['median']:,.0f}")
         rates.axhspan(rate["min"], rate["max"], color=color, alpha=0.2)
     rates.set(xscale="log", yscale="log", xlabel="classic workers (cores)", ylabel="live environment steps per second")
+    rates.set_xlim(left=0.9)
+    for axis in (rates.xaxis, rates.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_minor_formatter(NullFormatter())
     rates.set_title(f"{results['env_id']}, population {results['population_size']}")
     rates.legend(fontsize=8)
     split = {name: point["split"] for name, point in points.items() if point["split"]["physics"] is not None}
@@ -215,5 +233,4 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     shares.set(xlabel="fraction of a generation's time", xlim=(0, 1))
     shares.invert_yaxis()
     shares.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure

@@ -4,6 +4,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from es_flipout.bench import compare, compare_report
 from es_flipout.bench.compare import CompareBench
 from es_flipout.bench.compare_report import PowerLaw, dollars, power_law, rate_per_worker
-from es_flipout.bench.contenders import Contender
+from es_flipout.bench.contenders import STAGES, Contender
 from es_flipout.cluster.connect import Connection
 from es_flipout.config import TrainConfig
 from es_flipout.envs import UnsupportedEnvironmentError
@@ -159,7 +160,7 @@ def test_compare(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     price = 1e9 / rates["classic_2"][0] / 3600 * 0.05 * 2
     spread = points["classic_2"]["dollars_per_1e9"]
     assert price in (pytest.approx(spread["min"]), pytest.approx(spread["max"]))
-    for word in ("classic_2", "engine_cpu", "physics", "does the work of"):
+    for word in ("contender", "classic_2", "engine_cpu", "equivalent classic cores", "physics", "does the work of"):
         assert word in text.getvalue()
 
 
@@ -214,7 +215,42 @@ def test_beyond_what_was_measured_is_called_extrapolated() -> None:
             },
         },
     }
-    sentences = compare_report._sentences(results)
-    assert sentences[0] == "engine_cpu does the work of 1.5 classic cores (1.4 to 1.6)."
-    assert "50.0 classic cores (45.0 to 55.0); this is an extrapolation by linear scaling, as at most 2" in sentences[1]
-    assert "workers to the power of 0.90) it would be 80.0 (70.0 to 90.0), also an extrapolation" in sentences[2]
+    assert compare_report._sentences(results) == [
+        "engine_cpu does the work of 1.5 (1.4 to 1.6) classic cores.",
+        "engine_cuda does the work of 50.0* (45.0 to 55.0) classic cores.",
+        "* More than 2 classic workers were not measured: extrapolated by linear scaling. With the measured scaling "
+        "(workers to the power of 0.90): engine_cuda 80.0 (70.0 to 90.0).",
+    ]
+
+
+def test_the_figure_has_whole_numbers_and_a_line_for_the_gpu() -> None:
+    def point(rate: float, workers: int | None = None, device: str = "cpu") -> dict[str, Any]:
+        spread = {"median": rate, "min": 0.9 * rate, "max": 1.1 * rate}
+        return {"workers": workers, "steps_per_s": spread, "device": device, "split": dict.fromkeys(STAGES, 0.25)}
+
+    results = {
+        "env_id": "HalfCheetah-v5",
+        "population_size": 512,
+        "scaling": {"workers": [1, 2], "per_worker": {"median": 900.0}},
+        "contenders": {
+            "classic_1": point(910.0, 1),
+            "classic_2": point(1790.0, 2),
+            "engine_cpu": point(40_372.0),
+            "engine_cuda": point(1_234_567.0, device="cuda"),
+        },
+        "equivalent_cores": {
+            name: {"linear": {"median": n}} for name, n in (("engine_cpu", 45), ("engine_cuda", 1372))
+        },
+    }
+    figure = compare_report.figure_of(results)
+    figure.canvas.draw()
+    rates = figure.axes[0]
+    (line,) = [line for line in rates.lines if line.get_label() == "engine, GPU: 1,234,567"]
+    assert np.all(np.asarray(line.get_ydata()) == 1_234_567.0)
+    low, high = rates.get_xlim()
+    shown = [tick for tick in rates.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert [tick.label1.get_text() for tick in shown][:6] == ["1", "2", "5", "10", "20", "50"]
+    assert [text.get_text() for text in rates.get_yticklabels() if low < text.get_position()[1]]
+    for text in rates.get_yticklabels():
+        assert text.get_text().replace(",", "").isdigit(), text.get_text()
+    assert not any(text.get_text() for axis in (rates.xaxis, rates.yaxis) for text in axis.get_ticklabels(minor=True))
