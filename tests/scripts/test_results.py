@@ -18,6 +18,7 @@ SCRIPTS = {
     "against_rl": "learning.against_rl",
     "compare": "speed.compare",
     "families": "learning.families",
+    "language_model": "speed.language_model",
     "learning": "learning.presets",
     "memory": "learning.memory",
     "methods": "learning.methods",
