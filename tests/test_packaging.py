@@ -27,6 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, tree)
     for name in ("es_flipout", "envs"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "results" / "policies", tree / "results" / "policies")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, tree, cwd=out)
     (built,) = out.glob("es_flipout-*.whl")
@@ -38,6 +39,9 @@ def test_wheel_holds_every_source_once(wheel: Path) -> None:
     expected = {"es_flipout/py.typed"}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "es_flipout").rglob("*.py")}
     expected |= {f"es_flipout/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "envs").rglob("*.py")}
+    policies = ROOT / "results" / "policies"
+    files = (path for path in policies.rglob("*") if path.is_file())
+    expected |= {f"es_flipout/zoo/{path.relative_to(policies).as_posix()}" for path in files}
     assert len(names) == len(set(names))
     assert {name for name in names if ".dist-info/" not in name} == expected, "a package missing in pyproject.toml?"
     assert {name.split("/")[0].split("-")[0] for name in names} == {"es_flipout"}

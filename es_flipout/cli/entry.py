@@ -22,6 +22,7 @@ _COMMANDS = {
     "export": "write the policy as ONNX or for torch: es-flipout export RUN_DIR --output policy.onnx",
     "plot": "plot learning curves: es-flipout plot RUN_DIR... --output curves.png",
     "runs": "list runs: es-flipout runs [DIR]",
+    "push": "upload a policy to the Hugging Face Hub: es-flipout push RUN_DIR USER/NAME",
     "envs": "list what can be trained",
     "tune": "search for the options of an environment: es-flipout tune CartPole-v1",
     "presets": "show the preset of an environment: es-flipout presets HalfCheetah-v5",

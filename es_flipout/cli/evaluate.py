@@ -1,4 +1,4 @@
-"""``es-flipout evaluate RUN_DIR [--episodes N] [--json]``."""
+"""``es-flipout evaluate RUN [--episodes N] [--json]``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -31,8 +30,8 @@ _SHOWN = (
 class EvaluateOptions:
     """Score the mean policy of a run in the single Gymnasium environment."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Directory of the run."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run directory, zoo:ENV_ID or hub:USER/NAME."""
     episodes: int = 100
     """Episodes to play."""
     which: Literal["best", "last"] = "best"
@@ -52,13 +51,15 @@ def run(arguments: Sequence[str]) -> int:
     import torch
 
     from es_flipout.cli.session import find_modules_here
+    from es_flipout.tools.source import find_run
     from es_flipout.training.evaluate import evaluate
     from es_flipout.training.run_directory import generation_of, load_agent
 
     torch.set_num_threads(1)
     find_modules_here()
-    agent, config = load_agent(options.run_dir, options.which, options.trust)
-    generation = generation_of(options.run_dir, options.which)
+    run_dir = find_run(options.run)
+    agent, config = load_agent(run_dir, options.which, options.trust)
+    generation = generation_of(run_dir, options.which)
     played = evaluate(agent, config, options.episodes)
     result = dataclasses.replace(played, which=options.which, generation=generation).to_dict()
     if options.json:

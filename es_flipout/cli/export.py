@@ -16,8 +16,8 @@ from es_flipout.cli.parsing import parse
 class ExportOptions:
     """Write the policy of a run as one file: observations in, actions out."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Directory of the run."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run directory, zoo:ENV_ID or hub:USER/NAME."""
     output: Path
     """File to write: .onnx for ONNX, .pt2 for a program of torch.export."""
     which: Literal["best", "last"] = "best"

@@ -88,7 +88,7 @@ def load(run: str | Path, which: Which = "best", trust: bool = False) -> Trained
         action = policy.act(observation)
 
     Args:
-        run: its directory.
+        run: its directory, ``zoo:ENV_ID`` or ``hub:USER/NAME`` (see :func:`es_flipout.tools.source.find_run`).
         which: the mean policy with the best score of training, or the last one.
         trust: allow the run to import the Python module of its environment.
 

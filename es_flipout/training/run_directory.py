@@ -115,6 +115,11 @@ def save_policy(run_dir: Path, tensors: Mapping[str, Tensor], which: Which) -> N
     save_tensors(run_dir / _POLICIES[which], dict(tensors))
 
 
+def policy_file(run_dir: Path, which: Which) -> Path:
+    """Return the file of the best or the last policy; a run that was not scored yet has only the last one."""
+    return run_dir / _POLICIES[_at_hand(run_dir, which)]
+
+
 def load_agent(
     run_dir: Path, which: Which = "best", trust: bool = False, generation: int | None = None
 ) -> tuple[Agent, TrainConfig]:
@@ -135,7 +140,7 @@ def load_agent(
     agent = make_agent(config, env)
     env.close()
     if generation is None:
-        agent.load_state_dict(load_tensors(run_dir / _POLICIES[_at_hand(run_dir, which)]))
+        agent.load_state_dict(load_tensors(policy_file(run_dir, which)))
     else:
         agent.load_state_dict(_mean_policy(load_generation(run_dir / "checkpoints", generation)))
     return agent, config

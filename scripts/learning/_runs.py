@@ -91,7 +91,7 @@ def sweep(jobs: Iterable[Job], out: Path, processes: int) -> None:
     The run directories stay under ``runs/`` of the folder, which git ignores: an interrupted sweep continues its runs.
     """
     path = out / "config.json"
-    jobs = [dataclasses.replace(job, run_dir=out / "runs" / _file_name(f"{job.name}_seed{job.seed}")) for job in jobs]
+    jobs = [dataclasses.replace(job, run_dir=run_dir_of(out, job.name, job.seed)) for job in jobs]
     out.mkdir(parents=True, exist_ok=True)
     configs = report.read_json(path) if path.exists() else {}
     configs |= {job.name: job.config.flat() for job in jobs}
@@ -131,8 +131,9 @@ def plot_comparison(out: Path, tasks: Changes, variants: Changes, title: str = "
     report.save(figure, out)
 
 
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
+def run_dir_of(out: Path, name: str, seed: int) -> Path:
+    """The directory of a run of a sweep."""
+    return out / "runs" / re.sub(r"[^\w.-]+", "_", f"{name}_seed{seed}")
 
 
 def final_scores(out: Path) -> dict[str, list[float]]:
