@@ -118,7 +118,7 @@ def test_committed_policies_are_understood() -> None:
 
 def test_the_command_of_a_card_trains_that_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     config = preset("HalfCheetah-v5").replace(
-        seed=3, antithetic=False, hidden=(8, 4), env_kwargs='{"ctrl_cost_weight": 0}', threads=1, observed=None
+        seed=3, remove_alive_bonus=False, hidden=(8, 4), env_kwargs='{"ctrl_cost_weight": 0}', threads=1, observed=None
     )
     words = shlex.split(train_command(config))
     assert words[:3] == ["es-flipout", "train", "HalfCheetah-v5"]
