@@ -190,6 +190,22 @@ def test_options_in_the_text_exist(page: Path) -> None:
         options_exist(command)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "cloud").glob("*.y*ml")), ids=lambda path: path.name)
+def test_scripts_of_the_cloud_files_are_valid(path: Path) -> None:
+    """What the tools' own parsers (``scripts/checks/cloud.py``) do not look into."""
+    import yaml
+
+    file = yaml.safe_load(path.read_text(encoding="utf-8"))
+    scripts = [file[name] for name in ("setup", "run") if name in file] + file.get("commands", [])
+    assert bool(scripts) == (file.get("type") != "fleet")
+    for script in scripts:
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        for line in script.splitlines():
+            if re.search(COMMAND, line):
+                options_exist(line.replace("$SEED", "0"))
+
+
 def test_a_command_with_an_unknown_option_is_noticed() -> None:
     options_exist("es-flipout train CartPole-v1 --sigma 0.1")
     with pytest.raises(AssertionError, match="unrecognized option --sigmas"):
