@@ -107,9 +107,7 @@ def test_slots_play_equal_turns(jobs: int, fits: int, busy: int | None, slots: i
 
 
 @pytest.mark.parametrize(("env_id", "slots"), [("Hopper-v5", 64), ("HalfCheetah-v5", 256), ("CartPole-v1", 256)])
-def test_where_episodes_can_end_there_are_fewer_slots(
-    env_id: str, slots: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_episodes_can_end_there_are_fewer_slots(env_id: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environments are those of the CPU, which have the same tasks and are created faster."""
     monkeypatch.setattr(plan_module, "BUSY_SLOTS", {"torch": 65536, "mujoco": 60})
     monkeypatch.setattr(plan_module, "_warp_env", lambda config, slots: make_env(env_id, slots, threads=1))
