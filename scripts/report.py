@@ -272,9 +272,10 @@ def plot_seeds(
     """
     import numpy as np
 
+    from es_flipout.tools.curves import sorted_values
+
     lines = [(own[x].to_numpy(), own[y].to_numpy()) for _, own in groups(curves, "seed")]
-    grid = np.linspace(max(xs[0] for xs, _ in lines), min(xs[-1] for xs, _ in lines), 200)
-    values = np.sort([np.interp(grid, xs, ys) for xs, ys in lines], axis=0)
+    grid, values = sorted_values(lines)
     axis.plot(grid, np.median(values, axis=0), style, color=color, linewidth=1.8, label=label)
     if band is None:
         for xs, ys in lines:
