@@ -292,7 +292,7 @@ class Trainer:
         wall_s = before.wall_s + seconds
         self.progress = dataclasses.replace(before, generation=generation, env_steps=env_steps, wall_s=wall_s)
         score = None
-        start_over = self.starts.due(self._fraction())
+        start_over = self.starts.due(self.config.schedule.annealed(generation, env_steps))
         if start_over or generation % self.config.logging.score_every == 0 or self.finished:
             score = self._score_and_keep_the_best()
         if start_over and score is not None:
