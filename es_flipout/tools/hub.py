@@ -126,7 +126,7 @@ def _check(name: str) -> None:
 
 def _import() -> Any:
     try:
-        import huggingface_hub
+        import huggingface_hub  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError as error:
         raise UserError(f"the Hub needs huggingface_hub: pip install 'es-flipout[hub]' ({error})") from None
     return huggingface_hub

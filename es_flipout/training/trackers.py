@@ -163,8 +163,8 @@ class MLflow:
 
     def __init__(self) -> None:
         _import("mlflow", "mlflow")
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  (an extra)
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]  (an extra)
 
         self._client, self._metric, self._param = MlflowClient(), Metric, Param
         self._waiting: list[Any] = []

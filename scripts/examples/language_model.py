@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]  (an extra)
 
 from es_flipout import EvolutionStrategy
 

@@ -46,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def make_model(name: str, **sizes: Any) -> nn.Module:
     """A causal language model of this family with random weights."""
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]  (an extra)
 
     suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     config = getattr(transformers, f"{name}Config")(**COMMON, **sizes)
