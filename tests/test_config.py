@@ -118,6 +118,9 @@ OTHER = TrainConfig.of(
     evaluation_episodes=6,
     checkpoint_every=7,
     keep_checkpoints=8,
+    anneal_generations=2,
+    anneal_env_steps=10**12,
+    track=("wandb",),
 )
 
 

@@ -111,10 +111,12 @@ class Trainer:
                 if self.run_dir is not None:
                     self.tracking.start(self.run_dir, self.config, self.progress.generation)
                 while not (self.finished or self.interrupted):
+                    before = self.progress.generation
                     try:
                         metrics = self.step()
                     except (EnvironmentFailureError, UserError):
-                        self.save()
+                        if self.progress.generation == before:  # not while scoring: the generation has no row yet
+                            self.save()
                         raise
                     if log is not None:
                         log.write(metrics)

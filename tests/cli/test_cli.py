@@ -272,7 +272,7 @@ assert not {"torch", "gymnasium", "mujoco", "optuna"} & set(sys.modules)
         assert option in train
     assert all(option in tune for option in ("--trials", "--seeds", "--jobs", "--search", "--env-steps", "--output"))
     assert "Directory of the run" in resume
-    assert all(option in evaluate for option in ("Directory of the run", "--episodes", "--json"))
+    assert all(option in evaluate for option in ("Run directory", "--episodes", "--json"))
     assert "list what can be trained" in envs.lower()
 
 
@@ -281,7 +281,7 @@ def test_help_names_the_argument(capsys: pytest.CaptureFixture[str], command: st
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     usage = capsys.readouterr().out.splitlines()[0]
-    assert re.search(rf"usage: es-flipout {command} .*{name}[_-]", usage), usage
+    assert re.search(rf"usage: es-flipout {command} .*{name}([_-]|$)", usage), usage
 
 
 def test_help_of_an_environment_shows_its_preset(capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,7 +330,9 @@ def test_an_environment_that_raises_is_named_and_its_checkpoint_kept(oddities: P
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     args = ["train", "CartPole-v1", *SMALL, "--generations", "60", "--score-every", "1000", "--run-dir", "run"]
     done = run(*args, cwd=tmp_path, file_size=2500)
-    assert re.search(r"File too large", the_line(done.returncode, done.stdout, done.stderr))
+    # TensorBoard's events may be the first file for which there is no room; then a warning comes first.
+    last = done.stderr.splitlines(keepends=True)[-1]
+    assert re.search(r"File too large", the_line(done.returncode, done.stdout, last))
     assert not list(tmp_path.rglob("*.tmp"))
     assert load_checkpoint(tmp_path / "run" / "checkpoints")[1].generation >= 0
 
@@ -382,7 +384,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
             r"--policy must be one of .*recurrent, convnet, got transformer",
         ),
         (["resume"], r"RUN_DIR is required .*--help"),
-        (["evaluate"], r"RUN_DIR is required .*--help"),
+        (["evaluate"], r"RUN is required .*--help"),
         (["evaluate", "nowhere", "--episodes", "0"], r"episodes must be at least 1, got 0"),
         (["evaluate", "nowhere"], r"run directory nowhere does not exist"),
         (["resume", "nowhere"], r"run directory nowhere does not exist"),
@@ -448,7 +450,7 @@ def test_nan_rewards_in_the_evaluation_are_still_json(oddities: Path, capsys: py
     assert cli.main(["train", "oddities:NanAlways-v0", *SMALL, "--run-dir", str(run_dir)]) == 0
     assert set(strictly((run_dir / "evaluation.json").read_text(encoding="utf-8"))) >= EVALUATION
     capsys.readouterr()
-    assert cli.main(["evaluate", str(run_dir), "--json"]) == 0
+    assert cli.main(["evaluate", str(run_dir), "--json", "--trust"]) == 0
     assert set(strictly(capsys.readouterr().out)) >= EVALUATION
 
 
