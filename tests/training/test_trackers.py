@@ -140,7 +140,7 @@ def test_own_code_of_a_run_is_executed_only_if_it_is_trusted(tmp_path: Path, cal
 
 def test_the_tracker_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[2] / "docs" / "trackers.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python[^\n]*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "my_trackers.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     died_and_resumed(tmp_path / "run", CONFIG.replace(track=("my_trackers:JsonLines",)))
