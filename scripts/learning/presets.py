@@ -59,7 +59,7 @@ def main() -> None:
 def table(out: Path) -> str:
     """The learning table in Markdown."""
     runs, finished = report.read_csv(out / "runs.csv"), final_scores(out)
-    middle = runs.groupby("name")[["env_steps", "train_s", "last_return"]].median()
+    middle = runs.groupby("name")[["env_steps", "last_return"]].median()
     rows = []
     for env_id, target in TASKS.items():
         if scores := finished.get(env_id):
@@ -71,32 +71,23 @@ def table(out: Path) -> str:
                     listed(scores),
                     f"{own['last_return']:,.1f}",
                     f"{own['env_steps'] / 1e6:.2f}M",
-                    f"{own['train_s']:,.0f} s",
                     _shown(target),
                     target.mark,
                 )
             )
-    header = "environment | median seed | seeds, worst to best | median, last policy | env steps | one core | target | others"
+    header = "environment | median seed | seeds, worst to best | median, last policy | env steps | target | others"
     return report.markdown(header, rows)
 
 
 def front(out: Path) -> str:
     """A few rows for the README."""
-    finished, rows = final_scores(out), report.read_csv(out / "runs.csv").groupby("name")
-    steps, seconds = rows["env_steps"].median(), rows["train_s"].median()
-    lines = [
-        (
-            name,
-            f"**{median(finished[name]):,.0f}**",
-            listed(finished[name]),
-            f"{steps[name] / 1e6:.1f}M",
-            f"{seconds[name]:,.0f} s",
-            TASKS[name].mark,
-        )
+    finished, steps = final_scores(out), report.read_csv(out / "runs.csv").groupby("name")["env_steps"].median()
+    rows = [
+        (name, f"**{median(scores):,.0f}**", listed(scores), f"{steps[name] / 1e6:.1f}M", TASKS[name].mark)
         for name in FRONT
-        if name in finished
+        if (scores := finished.get(name))
     ]
-    return report.markdown("environment | median seed | seeds, worst to best | env steps | on one core | others", lines)
+    return report.markdown("environment | median seed | seeds, worst to best | env steps | others", rows)
 
 
 def _against(score: float, target: float | None) -> str:

@@ -20,7 +20,7 @@ from es_flipout.tools.video import Frame, grid, write_video
 from scripts import report
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "images" / "policies.gif"
-TASKS = ("HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "InvertedDoublePendulum-v5")
+TASKS = ("HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "CartPole-v1")
 FPS = 12.5
 
 
