@@ -269,10 +269,11 @@ class Schedule:
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)
         _at_least_one_or_none(self, "generations", "env_steps", "anneal_generations", "anneal_env_steps")
         _at_least_one(self, "starts")
+        leave = "starts leave" if self.starts > 1 else "start leaves"
         _require(
-            0 < self.start_fraction * self.starts < 1 or self.starts == 1,
+            0 < self.start_fraction * self.starts < 1,
             "start_fraction",
-            f"in (0, {1 / self.starts:.3g}), so that {self.starts} starts leave a rest of the run",
+            f"in (0, {1 / self.starts:.3g}), so that {self.starts} {leave} a rest of the run",
             self.start_fraction,
         )
 

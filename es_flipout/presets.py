@@ -185,7 +185,7 @@ def _swimmer(env_id: str) -> TrainConfig:
 
 def _half_cheetah(env_id: str) -> TrainConfig:
     # Episodes do not end early here, so segments of them say as much as whole ones, and there are ten times as many
-    # updates. Some seeds learn a slow gait at first that they never leave: of three starts at least one avoids it.
+    # updates. Some seeds learn a slow gait at first that they never leave; it is unlikely that three starts all do.
     return TrainConfig.of(
         env_id,
         env_steps=10_000_000,

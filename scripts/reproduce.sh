@@ -27,7 +27,7 @@ humanoid=runs/lengths_Humanoid-v5
 
 run families scripts/learning/families.py # 126: train_s
 run learning scripts/learning/presets.py # 56: train_s
-run methods scripts/learning/methods.py # 50: estimate
+run methods scripts/learning/methods.py # 50: estimate; no committed results yet
 run memory scripts/learning/memory.py   # 8: train_s
 run against_rl scripts/learning/against_rl.py --venv "${TMPDIR:-/tmp}/es_flipout_rl" # 285: wall_s, and evaluation; 1.5 GB to install
 

@@ -36,6 +36,7 @@ WRONG: dict[str, list[Any]] = {
     "generations": [0, -1],
     "env_steps": [0],
     "starts": [0],
+    "start_fraction": [0.0, -0.1, 1.0, NAN],
     "threads": [0],
     "slots": [0],
     "row_block": [0],

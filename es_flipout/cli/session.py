@@ -21,6 +21,7 @@ from es_flipout.training.run_directory import Which, write_evaluation
 from es_flipout.training.setup import Build, build_engine
 from es_flipout.training.trainer import Trainer
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCORES = ("mean_return", "std_return", "median_return")
 
 
@@ -31,9 +32,6 @@ def build_for(config: TrainConfig) -> Build:
 
         return build_classic
     return build_engine
-
-
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def find_modules_here() -> None:
