@@ -15,6 +15,24 @@ from torch import Tensor
 
 from es_flipout.envs.base import ActionSpace, BatchEnv, EnvironmentFailureError, UnsupportedEnvironmentError, described
 
+# Extras of es-flipout that Gymnasium's own environments need, by the module that defines them.
+_EXTRAS = {"gymnasium.envs.box2d": "box2d"}
+
+
+class FreshWorld(gymnasium.Wrapper):
+    """Gives BipedalWalker a new Box2D world for every episode.
+
+    The environment reuses its world, so an episode also depends on those that were played before it, not on its seed
+    alone. (LunarLander had the same fault: Gymnasium's issue 728, fixed in LunarLander-v3.)
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Remove everything from the world, replace it, and reset."""
+        walker: Any = self.env.unwrapped
+        walker._destroy()
+        walker.world = type(walker.world)()
+        return self.env.reset(seed=seed, options=options)
+
 
 class Freezable(gymnasium.Wrapper):
     """Lets a vector environment skip this environment: the action becomes ``(live, action)``.
@@ -79,7 +97,9 @@ class GymnasiumBatchEnv(BatchEnv):
                 **kwargs,
             )
         except gymnasium.error.DependencyNotInstalled as error:
-            raise UnsupportedEnvironmentError(f"{env_id} needs a package that is missing: {_line(error)}") from error
+            extra = extra_of(env_id)
+            needed = _line(error) if extra is None else f"pip install 'es-flipout[{extra}]'"
+            raise UnsupportedEnvironmentError(f"{env_id} needs a package that is missing: {needed}") from error
         except gymnasium.error.Error as error:
             raise UnsupportedEnvironmentError(f"{env_id} cannot be created: {_line(error)}") from error
         except (Exception, SystemExit) as error:
@@ -161,9 +181,18 @@ class GymnasiumBatchEnv(BatchEnv):
             raise EnvironmentFailureError(f"{self.env_id}: {described(error)}") from error
 
 
+def extra_of(env_id: str) -> str | None:
+    """Return the extra of es-flipout that a registered environment needs, or None if it needs none."""
+    entry_point = gymnasium.spec(env_id.rpartition(":")[2]).entry_point
+    module = entry_point.rpartition(".")[0] if isinstance(entry_point, str) else ""
+    return _EXTRAS.get(module)
+
+
 def _prepare(env: gymnasium.Env) -> Freezable:
-    """Wrap an environment to flatten its observations and to make it freezable."""
+    """Wrap an environment to flatten its observations and to make it freezable, and its episodes a function of their seeds."""
     space = env.observation_space
+    if type(env.unwrapped).__module__ == "gymnasium.envs.box2d.bipedal_walker":
+        env = FreshWorld(env)
     if not isinstance(space, Box) or len(space.shape) != 1:
         env = gymnasium.wrappers.FlattenObservation(env)
     return Freezable(env, space.shape)

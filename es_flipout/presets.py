@@ -1,7 +1,7 @@
 """One configuration per environment, and preset files. Does not import torch.
 
-Presets with a row in ``results/learning_*`` were tuned; ``results/LOG.md`` lists what was tried. Walker2d, Ant,
-Humanoid and HumanoidStandup are untuned starting points without measured results.
+Presets with a row in ``results/learning_*`` were tuned; ``results/LOG.md`` lists what was tried. The others are
+untuned starting points without measured results.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ def preset(env_id: str) -> TrainConfig:
     """
     base_id = env_id.removeprefix(_NATIVE_PREFIX)
     return _PRESETS.get(base_id, _general)(env_id)
+
+
+def preset_ids() -> tuple[str, ...]:
+    """Return the ids that have a preset of their own."""
+    return tuple(_PRESETS)
 
 
 def read_preset(path: Path) -> TrainConfig:
@@ -216,6 +221,23 @@ def _large(env_id: str) -> TrainConfig:
     return TrainConfig.of(env_id, env_steps=100_000_000, population_size=512, sigma=0.02, learning_rate=0.01)
 
 
+def _lunar_lander(env_id: str) -> TrainConfig:
+    return TrainConfig.of(
+        env_id,
+        env_steps=2_000_000,
+        population_size=64,
+        sigma=0.1,
+        learning_rate=0.05,
+        learning_rate_final=0.005,
+        hidden=(16,),
+        score_every=5,
+    )
+
+
+def _bipedal_walker(env_id: str) -> TrainConfig:
+    return TrainConfig.of(env_id, env_steps=10_000_000, population_size=64, **_CLIPUP)
+
+
 _PRESETS = {
     "CartPole-v1": _cartpole,
     "Pendulum-v1": _pendulum,
@@ -230,4 +252,6 @@ _PRESETS = {
     "Ant-v5": _large,
     "Humanoid-v5": _large,
     "HumanoidStandup-v5": _large,
+    "LunarLander-v3": _lunar_lander,
+    "BipedalWalker-v3": _bipedal_walker,
 }

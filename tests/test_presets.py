@@ -4,20 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 from toy_envs import lanes_of
 
-from es_flipout import presets
 from es_flipout.config import TrainConfig
 from es_flipout.envs import native_env_ids
 from es_flipout.errors import UserError
-from es_flipout.presets import preset, read_preset
+from es_flipout.presets import preset, preset_ids, read_preset
 from es_flipout.training.setup import make_trainer
 
-NATIVE = sorted(native_env_ids())
+IDS = sorted({*native_env_ids(), *preset_ids()})
 
 
-@pytest.mark.parametrize("env_id", NATIVE)
+@pytest.mark.parametrize("env_id", IDS)
 def test_a_preset_can_be_trained(env_id: str) -> None:
     config = preset(env_id)
     assert config.task.env_id == env_id
@@ -31,10 +31,10 @@ def test_a_preset_can_be_trained(env_id: str) -> None:
 
 
 def test_no_preset_is_for_an_environment_that_does_not_exist() -> None:
-    assert set(presets._PRESETS) <= set(NATIVE)
+    assert set(preset_ids()) <= set(gymnasium.registry)
 
 
-@pytest.mark.parametrize("env_id", NATIVE)
+@pytest.mark.parametrize("env_id", IDS)
 def test_the_prefix_changes_nothing_but_the_id(env_id: str) -> None:
     prefixed = preset(f"es_flipout/{env_id}")
     assert prefixed == preset(env_id).replace(env_id=f"es_flipout/{env_id}")
@@ -47,7 +47,7 @@ def test_other_environments_get_the_general_preset() -> None:
     assert general.replace(env_steps=None) == TrainConfig.of("Nobody-v7")
 
 
-@pytest.mark.parametrize("env_id", NATIVE)
+@pytest.mark.parametrize("env_id", IDS)
 def test_a_preset_can_be_written_to_a_file(tmp_path: Path, env_id: str) -> None:
     path = tmp_path / "preset.json"
     path.write_text(json.dumps(preset(env_id).flat()), encoding="utf-8")

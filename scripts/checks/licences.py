@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PAGE = Path(__file__).parents[2] / "docs" / "licences.md"
-EXTRAS = ("ray", "gpu", "pixels")
+EXTRAS = ("ray", "gpu", "pixels", "box2d")
 _CLASSIFIER = "License :: OSI Approved :: "
 
 

@@ -40,6 +40,12 @@ TASKS = {
     "Hopper-v5": Target(3600, 3200, "rl-zoo ARS 3344 @ 7M"),
     "HalfCheetah-v5": Target(7000, 6000, "PPO 6241 @ 10M, rl-zoo ARS 4815 @ 12M"),
     "Walker2d-v5": Target(6000, 5000, "PGPE 5232 @ 37M, APPO 5488"),
+    "Ant-v5": Target(4800, 3000, "an ARS agent 4763, PPO 2138 @ 10M"),
+    "Humanoid-v5": Target(6000, 5000, "PGPE 10184 @ 150M, APPO 5439"),
+    "HumanoidStandup-v5": Target(None, None),
+    # rl-zoo's benchmark.md has no ARS for these two; ARS on LunarLanderContinuous-v2: 168 @ 2M.
+    "LunarLander-v3": Target(None, None, "rl-zoo PPO 242 @ 1M (v2)"),
+    "BipedalWalker-v3": Target(None, None, "rl-zoo PPO 213 @ 5M, TQC 330 @ 0.5M"),
 }
 
 FRONT = ("HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "InvertedDoublePendulum-v5")

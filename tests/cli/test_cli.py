@@ -228,11 +228,12 @@ def test_a_run_directory_is_found_without_being_given(
     assert (made / "evaluation.json").exists()
 
 
-def test_envs_lists_every_native_environment(capsys: pytest.CaptureFixture[str]) -> None:
+def test_envs_lists_every_environment_with_a_backend_or_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["envs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line.split()[1] for line in lines[:-1]}
-    assert listed == native_env_ids()
+    assert listed == native_env_ids() | {"LunarLander-v3": "gymnasium", "BipedalWalker-v3": "gymnasium"}
+    assert [line.split()[0] for line in lines if "extra box2d" in line] == ["LunarLander-v3", "BipedalWalker-v3"]
     assert "Gymnasium" in lines[-1]
 
 

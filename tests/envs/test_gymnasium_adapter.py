@@ -118,6 +118,21 @@ def test_frozen_and_ended_slots_are_not_touched() -> None:
     assert truncated.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("env_id", ["LunarLander-v3", "BipedalWalker-v3"])
+def test_an_episode_does_not_depend_on_those_before_it(env_id: str) -> None:
+    rng, played = np.random.default_rng(0), []
+    used = make_env(env_id, 1)
+    for seed in range(6):
+        actions = [torch.from_numpy(random_action(used, rng)) for _ in range(100)]
+        new = make_env(env_id, 1)
+        for env in (used, new):
+            start = env.reset(torch.tensor([seed]))
+            played.append(torch.stack([start, *(env.step(action)[0] for action in actions)]))
+        new.close()
+        assert torch.equal(*played[-2:])
+    used.close()
+
+
 def test_discrete_actions_start_at_zero() -> None:
     env = make_env("EsFlipoutCounter-v0", 1)
     assert env.action_space == Discrete(4)

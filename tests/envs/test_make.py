@@ -39,6 +39,14 @@ def test_missing_dependency() -> None:
     del gymnasium.registry["EsFlipoutMissing-v0"]
 
 
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "Box2D", None)  # simulates a failing import
+    for module in ("lunar_lander", "bipedal_walker", ""):
+        monkeypatch.delitem(sys.modules, f"gymnasium.envs.box2d.{module}".rstrip("."), raising=False)
+    with pytest.raises(UnsupportedEnvironmentError, match=r"^LunarLander-v3 needs .* 'es-flipout\[box2d\]'$"):
+        make_env("LunarLander-v3", 1)
+
+
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v5", "FrozenLake-v1"])
 def test_size_must_be_positive(env_id: str) -> None:
     with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
