@@ -23,6 +23,7 @@ from es_flipout.kernels.tiles import (
     flipped,
     in_memory,
     narrowed,
+    noise_product,
     on_device,
     product,
     signed_scale,
@@ -31,7 +32,7 @@ from es_flipout.kernels.tiles import (
 WIDEST = 256  # maximum number of outputs of a layer
 MOST_LAYERS = 4
 _WIDEST_IN_REGISTERS = 64
-_MOST_ROWS = 128  # maximum number of rows per program
+_ROWS_AT_ONCE = 128  # rows per multiprocessor that are computed at the same time
 
 
 def fits(layers: Sequence[FlipoutLayer]) -> bool:
@@ -59,15 +60,15 @@ def mlp(x: Tensor, layers: Sequence[FlipoutLayer], noise: MemberNoise) -> Tensor
         return y
     widest = max((16, *sizes[1:-1]))
     in_registers = precision != "ieee" and widest <= _WIDEST_IN_REGISTERS
-    programs = _programs(x.device)
+    at_once = _ROWS_AT_ONCE * _multiprocessors(x.device)
     kept = None
     if not in_registers:
         kept_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        kept = torch.empty(programs * 2 * _MOST_ROWS * widest, dtype=kept_dtype, device=x.device)
+        kept = torch.empty(2 * at_once * widest, dtype=kept_dtype, device=x.device)
 
     def grid(blocks: dict[str, int]) -> tuple[int]:
         tiles = ceil_div(len(x), blocks["BLOCK_M"])
-        return (tiles if in_registers else min(tiles, programs),)
+        return (tiles if in_registers else min(tiles, at_once // blocks["BLOCK_M"]),)
 
     with on_device(x):
         _mlp.launch(
@@ -92,7 +93,8 @@ def mlp_torch(x: Tensor, layers: Sequence[FlipoutLayer], noise: MemberNoise) -> 
 
 # There are two ways to keep activations on the chip. In narrow networks they are a tuple of tiles of BLOCK_N columns in
 # registers, with unrolled loops over the tiles, because Triton cannot slice a tile. In wider networks they go through a
-# buffer that stays in the caches: every program reuses its own small part of it.
+# buffer that stays in the caches: every program reuses its own small part of it. At most _ROWS_AT_ONCE rows per
+# multiprocessor are computed at once, so that an H100 needs 35 MB at width 256, and has 50 MB of cache.
 @triton.jit(do_not_specialize=["rows", "rows_key"])
 def _mlp_kernel(
     x, weights, bases, rs, ss, biases, bias_noises, members, kept, y, rows, per_member, sigma, sigma_at, rows_key,
@@ -190,7 +192,7 @@ def _times(
             part = flipped(part, s_at, (SIZE_IN + 31) // 32, start, TILE_IN)
         inside = (k < SIZE_IN)[:, None] & (col < SIZE_OUT)[None, :]
         columns = tl.load(matrix + col[None, :] * SIZE_IN + k[:, None], mask=inside, other=0.0)
-        total = product(part, columns, total, PRECISION)
+        total = noise_product(part, columns, total, PRECISION) if FLIP else product(part, columns, total, PRECISION)
     return total
 
 
@@ -207,7 +209,7 @@ def _hidden_times(
             part = flipped(part, s_at, (SIZE_IN + 31) // 32, number * TILE_IN, TILE_IN)
         inside = (k < SIZE_IN)[:, None] & (col < SIZE_OUT)[None, :]
         columns = tl.load(matrix + col[None, :] * SIZE_IN + k[:, None], mask=inside, other=0.0)
-        total = product(part, columns, total, PRECISION)
+        total = noise_product(part, columns, total, PRECISION) if FLIP else product(part, columns, total, PRECISION)
     return total
 
 
@@ -241,11 +243,9 @@ def _nth(words, number):
 _mlp = Tuned(_mlp_kernel, ("rows_key", "SIZES", "ACTIVATIONS", "PRECISION"))
 
 
-def _programs(device: torch.device) -> int:
-    """Return the approximate number of concurrent programs; each has its own buffer for activations."""
-    if device.type != "cuda":
-        return 2
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+def _multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU; one for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _configs(widest: int, precision: Precision, in_registers: bool) -> tuple[triton.Config, ...]:
@@ -253,17 +253,20 @@ def _configs(widest: int, precision: Precision, in_registers: bool) -> tuple[tri
     if interpreted():
         return (config(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32),)
     if in_registers:
-        n = block(widest, 64)
         return (
-            config(4, BLOCK_M=64, BLOCK_N=n, BLOCK_K=32),
-            config(4, BLOCK_M=128, BLOCK_N=n, BLOCK_K=32),
-            config(8, BLOCK_M=128, BLOCK_N=n, BLOCK_K=32),
+            config(4, BLOCK_M=64, BLOCK_N=block(widest, 32), BLOCK_K=32),
+            config(8, BLOCK_M=128, BLOCK_N=block(widest, 32), BLOCK_K=32),
         )
+    n, wide = block(widest, 64), block(widest, 128)
     if precision == "ieee":
-        return tuple(config(4, 3, BLOCK_M=m, BLOCK_N=block(widest, 64), BLOCK_K=16) for m in (16, 32, 64))
-    k = 64 if precision == "bf16" else 32
+        return (
+            config(4, 3, BLOCK_M=16, BLOCK_N=n, BLOCK_K=16),
+            config(4, 3, BLOCK_M=32, BLOCK_N=n, BLOCK_K=16),
+            config(8, 3, BLOCK_M=32, BLOCK_N=wide, BLOCK_K=16),
+        )
+    k = 16 if precision == "tf32x3" else 32
     return (
-        config(4, 3, BLOCK_M=64, BLOCK_N=block(widest, 64), BLOCK_K=k),
-        config(4, 3, BLOCK_M=64, BLOCK_N=block(widest, 128), BLOCK_K=k),
-        config(8, 3, BLOCK_M=128, BLOCK_N=block(widest, 128), BLOCK_K=k),
+        config(4, 3, BLOCK_M=64, BLOCK_N=n, BLOCK_K=k),
+        config(8, 2, BLOCK_M=64, BLOCK_N=wide, BLOCK_K=k),
+        config(8, 3, BLOCK_M=128, BLOCK_N=n, BLOCK_K=k),
     )

@@ -76,6 +76,25 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def noise_product(a, base, total, PRECISION: tl.constexpr):
+    """Return ``total + a @ base``; a base of at most 16 bits runs on bf16 tensor cores in every precision but tf32.
+
+    The sum of two bf16 numbers has 16 significant bits of ``a``, that of three has all 24, and products with a base
+    that is exact in bf16 are exact in float32.
+    """
+    if base.dtype == tl.float32 or PRECISION == "tf32" or PRECISION == "bf16":
+        total = product(a, base, total, PRECISION)
+    else:
+        rest = a.to(tl.float32)
+        for _ in tl.static_range(3 if PRECISION == "ieee" else 2):
+            part = rest.to(tl.bfloat16)
+            total = product(part, base, total, "bf16")
+            rest -= part.to(tl.float32)
+            rest = tl.where(rest == rest, rest, 0.0)  # infinity minus infinity
+    return total
+
+
+@triton.jit
 def tanh(x):
     """Compute tanh with relative error 2e-7: by a polynomial fitted on [0, 0.625], elsewhere by an exponential."""
     size = tl.abs(x)

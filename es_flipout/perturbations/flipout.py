@@ -113,7 +113,7 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         self.precision: Precision = kernels if kernels is not None else "ieee"
         self.layer: FlipoutLayer | None = None
         if kernels is not None and mean.ndim == 2:
-            self.layer = self._kernel_layer()
+            self.layer = self._kernel_layer(family.base == "rademacher")
             self.r, self.s = PackedSigns(self.layer.r, mean.shape[0]), PackedSigns(self.layer.s, mean.shape[1])
         else:
             self.r = signs(address, Stream.OUTPUT_SIGNS, members.sources, mean.shape[0])
@@ -122,14 +122,16 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
             self.mean_t = mean.T
             self.base_t = [base.T for base in self.base]
 
-    def _kernel_layer(self) -> FlipoutLayer:
+    def _kernel_layer(self, signed: bool) -> FlipoutLayer:
         from es_flipout.kernels.linear import FlipoutLayer
         from es_flipout.kernels.signs import sign_words
 
         sources, narrow = self.members.sources, self.precision == "bf16"
+        # Signs are exact in bf16, on whose tensor cores the kernels multiply them; TF32 has tensor cores of its own.
+        few_bits = narrow or (signed and self.precision != "tf32")
         return FlipoutLayer(
             weight=self.mean.bfloat16() if narrow else self.mean.contiguous(),
-            base=self.base.bfloat16() if narrow else self.base,
+            base=self.base.bfloat16() if few_bits else self.base,
             r=sign_words(self.address, Stream.OUTPUT_SIGNS, sources, self.mean.shape[0]),
             s=sign_words(self.address, Stream.INPUT_SIGNS, sources, self.mean.shape[1]),
             base_of_source=None if len(self.base) == 1 else self.base_of_source,

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
 
 from es_flipout.errors import UserError
 from scripts import report
@@ -113,7 +112,15 @@ def cases() -> Iterator[Case]:
         values = {"per_member": 1, "size_out": size_out, "size_in": size_in, **words}
         shown = f"{size_in}-{size_out}"
         for precision in PRECISIONS:
-            more = {"BASES": 1, "PER_SOURCE": 2, "ACTIVATION": "tanh", "base_of_source": None, "bias_rows": None}
+            more = {
+                "SIZE_IN": size_in,
+                "SIZE_OUT": size_out,
+                "BASES": 1,
+                "PER_SOURCE": 2,
+                "ACTIVATION": "tanh",
+                "base_of_source": None,
+                "bias_rows": None,
+            }
             for own in linear._configs(size_out, size_in, precision):
                 yield case("linear", shown, precision, own, linear._linear_kernel, values, **more, PRECISION=precision)
         for own in weighted_sum._configs(size_out, size_in):
@@ -152,6 +159,8 @@ def compiled(case: Case) -> dict[str, report.Rows]:
             signature[name] = "constexpr"
         elif name in POINTERS or name in NUMBERS:
             kind = numbers if name in NUMBERS else POINTERS[name]
+            if name in ("base", "bases") and case.precision != "tf32":
+                kind = "*bf16"  # the signs of a base, see noise_product
             if case.kernel == "signs" and name == "out":
                 kind = "*i32"
             many = case.layers > 0 and name in ("weights", "bases", "rs", "ss", "biases", "bias_noises")
@@ -228,4 +237,5 @@ def table(runs: report.Frame) -> str:
 
 
 if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
     report.run_script(main)

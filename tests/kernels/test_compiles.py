@@ -10,7 +10,15 @@ import pytest
 pytest.importorskip("triton")
 
 _WARPS, _STAGES = 4, 2
-_LINEAR = {"BASES": 3, "PER_SOURCE": 2, "ACTIVATION": "gelu", "BLOCK_M": 64, "BLOCK_N": 64}
+_LINEAR = {
+    "SIZE_IN": 348,
+    "SIZE_OUT": 40,
+    "BASES": 3,
+    "PER_SOURCE": 2,
+    "ACTIVATION": "gelu",
+    "BLOCK_M": 64,
+    "BLOCK_N": 64,
+}
 _MLP = {
     "SIZES": (17, 64, 64, 6),
     "WIDEST": 64,

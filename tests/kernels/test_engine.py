@@ -12,7 +12,7 @@ from populations import population_of
 
 from es_flipout.cli import main
 from es_flipout.errors import UserError
-from es_flipout.kernels import chosen, interpreted
+from es_flipout.kernels import Precision, chosen, interpreted
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 from es_flipout.perturbations.flipout import FlipoutPerturbation, PackedSigns
 from es_flipout.policies.networks import MLP, Linear, Recurrent
@@ -56,6 +56,22 @@ def test_population_is_its_members(name: str, antithetic: bool) -> None:
     for shape in ((12, 7), (12, 2, 7)):
         x = torch.randn(shape, device=DEVICE)
         assert_members(population, x, population(x))
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "dtype"),
+    [
+        (Flipout(), "ieee", torch.bfloat16),
+        (Flipout(), "tf32x3", torch.bfloat16),
+        (Flipout(), "tf32", torch.float32),
+        (Flipout(), "bf16", torch.bfloat16),
+        (Flipout(base="gaussian"), "ieee", torch.float32),
+    ],
+)
+def test_bases_of_signs_are_bf16_numbers(family: Family, precision: Precision, dtype: torch.dtype) -> None:
+    population = with_kernels(MLP(7, 3, (20,)), family, precision=precision)
+    assert population._network is not None
+    assert {layer.base.dtype for layer in population._network.layers} == {dtype}
 
 
 def test_kernels_change_no_member() -> None:

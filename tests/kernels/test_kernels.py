@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from es_flipout.kernels import Activation, MemberNoise, Precision, interpreted
+from es_flipout.kernels import linear as linear_kernel
+from es_flipout.kernels import mlp as mlp_kernel
 from es_flipout.kernels.linear import FlipoutLayer, linear, linear_by_library, linear_torch
 from es_flipout.kernels.low_rank import low_rank_linear, low_rank_linear_torch
 from es_flipout.kernels.mlp import fits, mlp, mlp_torch
@@ -122,7 +125,7 @@ def test_linear_in_other_precisions(precision: Precision) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_a_base_of_signs_is_exact_in_few_bits(dtype: torch.dtype, precision: Precision) -> None:
     layer = layer_of(40, 20, 8)
     layer.base[:, 3] = 0  # an output that is not perturbed
@@ -130,6 +133,36 @@ def test_a_base_of_signs_is_exact_in_few_bits(dtype: torch.dtype, precision: Pre
     few = dataclasses.replace(layer, base=layer.base.to(dtype))
     wide, found = (linear(x, which, MemberNoise(members, 2, SIGMA, precision)) for which in (layer, few))
     assert torch.equal(wide, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("precision", "least", "most"), [("ieee", 0.0, 5e-7), ("tf32x3", 5e-7, 3e-5)])
+@pytest.mark.parametrize("sizes", [(40, 20), (17, 64, 64, 6)])
+def test_noise_of_signs_is_a_sum_of_products_in_bf16(
+    dtype: torch.dtype, precision: Precision, least: float, most: float, sizes: tuple[int, ...]
+) -> None:
+    """Three bf16 numbers have all bits of a float32 number, two have sixteen; one would have an error of 4e-3."""
+    layers = [
+        dataclasses.replace(layer, weight=torch.zeros_like(layer.weight), base=layer.base.to(dtype))
+        for layer in (layer_of(*pair, 16, number, bias=False) for number, pair in enumerate(pairwise(sizes)))
+    ]
+    members, x = torch.arange(32, device=DEVICE), torch.randn(32, sizes[0], device=DEVICE)
+    expected, stepwise = x.double(), x
+    for layer in layers:
+        expected = dense(expected, layer, members, 2)
+        stepwise = linear(stepwise, layer, MemberNoise(members, 2, SIGMA, precision))
+    for found in (mlp(x, layers, MemberNoise(members, 2, SIGMA, precision)), stepwise):
+        error = float((found.double() - expected).abs().max() / expected.abs().max())
+        assert least <= error < most
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_infinity_is_not_lost_when_it_is_split() -> None:
+    layer = layer_of(1, 32, 4, bias=False)
+    layer = dataclasses.replace(layer, base=layer.base.bfloat16(), weight=torch.ones_like(layer.weight))
+    x = torch.full((8, 1), torch.inf, device=DEVICE)
+    found = linear(x, layer, MemberNoise(torch.arange(8, device=DEVICE), 2, SIGMA))
+    assert (found == torch.inf).any(1).all()
 
 
 def test_linear_with_biases_of_the_rows_and_several_rows_of_a_member() -> None:
@@ -219,6 +252,46 @@ def test_nan_stays_in_its_row_and_is_not_lost(activation: Activation) -> None:
         assert found[4].isnan().all()
         assert not found[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
     assert torch.equal(mlp(x, layers, MemberNoise(members, 2, SIGMA))[:4], clean[:4])
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_activations_stay_in_the_cache_of_a_gpu(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 has 132 multiprocessors and 50 MB of cache."""
+    monkeypatch.setattr(mlp_kernel, "_multiprocessors", lambda device: 132)
+    allocated, empty = [], torch.empty
+
+    def counted(*shape: Any, **kwargs: Any) -> Tensor:
+        made = empty(*shape, **kwargs)
+        allocated.append(made.nbytes)
+        return made
+
+    launched: list[Any] = []
+    monkeypatch.setattr(mlp_kernel, "_mlp", SimpleNamespace(launch=lambda grid, *_, **__: launched.append(grid)))
+    monkeypatch.setattr(torch, "empty", counted)
+    layers = [layer_of(20, 256, 4, 0), layer_of(256, 256, 4, 1), layer_of(256, 3, 4, 2)]
+    members = torch.zeros(1 << 16, dtype=torch.int64, device=DEVICE)
+    mlp(torch.zeros(1 << 16, 20, device=DEVICE), layers, MemberNoise(members, 2, SIGMA, precision))
+    kept = max(allocated)
+    assert 1e7 < kept < 40e6
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for config in mlp_kernel._configs(256, precision, False):
+        (programs,) = launched[0](config.kwargs)
+        assert programs >= 132
+        width = 2 if precision == "bf16" else 4
+        assert programs * 2 * config.kwargs["BLOCK_M"] * 256 * width <= kept, "programs write beyond the buffer"
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_configurations_use_the_same_instructions(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper multiplies tiles of 64 rows and more in other units than smaller ones; three products are added by tile."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for configs in (
+        *(linear_kernel._configs(*sizes, precision) for sizes in ((64, 17), (256, 348), (6, 64), (1000, 1000))),
+        *(mlp_kernel._configs(widest, precision, False) for widest in (16, 64, 256)),
+        *(mlp_kernel._configs(widest, precision, True) for widest in (16, 64) if precision != "ieee"),
+    ):
+        assert len({config.kwargs["BLOCK_M"] >= 64 for config in configs}) == 1
+        assert len({config.kwargs["BLOCK_K"] for config in configs}) == 1
 
 
 def test_what_fits_into_one_kernel() -> None:
