@@ -202,6 +202,10 @@ class MujocoWarpBatchEnv(NativeBatchEnv):
         """
         return self._physics.overflow()
 
+    def temporary_bytes(self) -> int:
+        """Return the memory that a step allocates besides the arrays that are stored; this runs a step."""
+        return self._physics.temporary_bytes()
+
     def _observe(self) -> Tensor:
         return self._task.observation(torch, self._model, self._fields)
 

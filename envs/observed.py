@@ -90,6 +90,10 @@ class ObservedBatchEnv(BatchEnv):
         """See :meth:`es_flipout.envs.mujoco_gpu.MujocoWarpBatchEnv.overflow`; 0 for other environments."""
         return getattr(self._env, "overflow", int)()
 
+    def temporary_bytes(self) -> int:
+        """See :meth:`es_flipout.envs.mujoco_gpu.MujocoWarpBatchEnv.temporary_bytes`; 0 for other environments."""
+        return getattr(self._env, "temporary_bytes", int)()
+
     @property
     def _native(self) -> NativeBatchEnv:
         if not isinstance(self._env, NativeBatchEnv):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -155,6 +156,18 @@ class WarpPhysics:
         self._overflow.zero_()
         return count
 
+    def temporary_bytes(self) -> int:
+        """Run a step without a graph, and return the peak of the memory that it allocates meanwhile.
+
+        On CUDA, the graphs keep that memory; they run on one stream, and CUDA lets such graphs share it.
+        """
+        reports: list[str] = []
+        on_cpu = self._device.type == "cpu"
+        where = wp.ScopedDevice(self._warp_device) if on_cpu else wp.ScopedStream(self._stream(), sync_enter=False)
+        with where, wp.ScopedMemoryTracker(report_func=reports.append):
+            self._enqueue_step()
+        return _peak_bytes("".join(reports))
+
     def _enqueue_step(self) -> None:
         for _ in range(self._steps):
             mjw.step(self._model, self._data)
@@ -199,3 +212,11 @@ class WarpPhysics:
                 self._graphs[enqueue] = capture.graph
             mjw.reset_data(self._model, self._data)
         torch.cuda.synchronize(self._device)
+
+
+def _peak_bytes(report: str) -> int:
+    """Return the peak in a report of ``wp.ScopedMemoryTracker``, rounded as there; 0 if there is none."""
+    units = {"B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+    found = re.search(r"Peak usage:\n((?: {4}.*\n)+)", report)
+    sizes = re.findall(r"([\d.]+) (B|KB|MB|GB)", found[1]) if found else []
+    return sum(round(float(number) * units[unit]) for number, unit in sizes)

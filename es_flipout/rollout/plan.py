@@ -238,6 +238,7 @@ class _Model:
                 episodes = Episodes(torch.zeros(members, config.task.episodes, dtype=torch.int64))
                 kept = DeviceRollout(env, agent, population, episodes)  # pyright: ignore[reportArgumentType]
                 found["slots and queue"] = stored_bytes(*kept.stored())
+                found["working memory of the physics"] = getattr(env, "temporary_bytes", int)()
             return found
         finally:
             env.close()
@@ -273,6 +274,7 @@ class _Model:
         parts["environments"] = at["environments"]
         parts["working memory"] = self._working(slots)
         if self._on_gpu:
+            parts["working memory of the physics"] = at["working memory of the physics"]
             parts["CUDA graphs"] = self._step(slots)  # their pool keeps the temporary memory of a step
         return parts
 

@@ -268,6 +268,21 @@ def test_the_rollout_without_the_host_is_that_with_it() -> None:
     assert got.lengths.max() == 6
 
 
+def test_temporary_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_warp_env("HalfCheetah-v5", 16, "cpu")
+    solver_alone = 16 * 48 * 5 * 4  # five numbers per constraint
+    assert solver_alone < env.temporary_bytes() < 20 * solver_alone
+
+    def allocate() -> None:
+        one = wp.empty(300_000, dtype=float)
+        del one
+        two, three = wp.empty(200_000, dtype=float), wp.empty(250_000, dtype=float)
+        del two, three
+
+    monkeypatch.setattr(env._physics, "_enqueue_step", allocate)
+    assert env.temporary_bytes() == pytest.approx(4 * 450_000, rel=0.01), "the most at the same time"
+
+
 def test_returned_tensors_are_not_overwritten() -> None:
     env = make_warp_env("Ant-v5", 2, "cpu")
     outcome = [env.reset(torch.arange(2)), *env.step(torch.ones(2, 8))]

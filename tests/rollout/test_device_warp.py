@@ -51,9 +51,11 @@ def test_equals_the_rollout_on_the_host_to_the_bit() -> None:
 @pytest.mark.slow
 def test_plan_of_a_run_on_a_gpu_that_is_not_here() -> None:
     config = preset("Hopper-v5").replace(population_size=512, slots=200, device="cuda", physics="gpu")
-    predicted = make_plan(config).parts["environments"]
-    assert predicted == pytest.approx(stored_bytes(make(200)), rel=0.1)
-    assert predicted > 200 * 5_000
+    predicted, env = make_plan(config).parts, make(200)
+    assert predicted["environments"] == pytest.approx(stored_bytes(env), rel=0.1)
+    assert predicted["environments"] > 200 * 5_000
+    assert predicted["working memory of the physics"] == pytest.approx(env.temporary_bytes(), rel=0.1)
+    assert predicted["working memory of the physics"] > 200 * 5 * 4 * 40, "five numbers per constraint in the solver"
 
 
 @pytest.mark.gpu

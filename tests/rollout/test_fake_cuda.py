@@ -85,6 +85,9 @@ class FieldsOfWarp:
     def overflow(self) -> int:
         return 0
 
+    def temporary_bytes(self) -> int:
+        return 0
+
 
 def starts(env: NativeBatchEnv, seeds: torch.Tensor) -> torch.Tensor:
     """Start states of the right shape; NumPy would draw them."""
