@@ -311,6 +311,8 @@ class Compute:
     """Fused Triton kernels or plain torch; auto uses Triton on CUDA."""
     precision: Literal["ieee", "tf32x3", "tf32", "bf16"] = "ieee"
     """Precision of matrix products in the Triton kernels; sums are always float32."""
+    compile: Literal["off", "on"] = "off"
+    """Fuse what surrounds MuJoCo's physics on a GPU with torch.compile."""
     backend: Literal["local", "ray"] = "local"
     """This machine, or a Ray cluster."""
     worker_kind: Literal["engine", "classic"] = "engine"

@@ -104,6 +104,7 @@ OTHER = TrainConfig.of(
     episode_cap_until=0.7,
     kernels="torch",
     precision="tf32",
+    compile="on",
     device="cpu",
     physics="cpu",
     backend="ray",

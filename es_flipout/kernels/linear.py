@@ -233,5 +233,5 @@ def _configs(size_out: int, size_in: int, precision: Precision) -> tuple[triton.
     return (
         config(4, 3, BLOCK_M=64, BLOCK_N=n, BLOCK_K=k),
         config(8, 3, BLOCK_M=128, BLOCK_N=n, BLOCK_K=k),
-        config(8, 3, BLOCK_M=128, BLOCK_N=wide, BLOCK_K=k),
+        *([config(8, 3, BLOCK_M=128, BLOCK_N=wide, BLOCK_K=k)] if wide > n else []),
     )

@@ -22,7 +22,7 @@ from es_flipout.envs.native import NativeBatchEnv
 from es_flipout.envs.observed import ObservedBatchEnv
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 from es_flipout.policies.agent import Agent
-from es_flipout.rollout.device import DeviceEnv
+from es_flipout.rollout.device import DeviceEnv, LaunchOptions
 from es_flipout.rollout.device_player import DevicePlayer
 from es_flipout.rollout.players import LocalPlayer, Player
 from es_flipout.strategy.evolution_strategy import EvolutionStrategy
@@ -91,7 +91,8 @@ def device_player(config: TrainConfig, device: torch.device, say: Say | None = N
     env = make_one_env(config)
     agent = make_agent(config, env)
     env.close()
-    return agent, DevicePlayer(agent, make, slots_for(config), say)
+    launch = LaunchOptions(compiled=config.compute.compile == "on")
+    return agent, DevicePlayer(agent, make, slots_for(config), say, launch)
 
 
 @contextmanager

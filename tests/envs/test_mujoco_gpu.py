@@ -268,6 +268,28 @@ def test_the_rollout_without_the_host_is_that_with_it() -> None:
     assert got.lengths.max() == 6
 
 
+@pytest.mark.parametrize(
+    "env_id",
+    ["HalfCheetah-v5", *(pytest.param(env_id, marks=pytest.mark.slow) for env_id in ("Ant-v5", "Humanoid-v5"))],
+)
+def test_parts_of_a_step_can_be_compiled_whole(env_id: str) -> None:
+    """``fullgraph`` raises where the host is needed."""
+    torch.compiler.reset()
+    env = make_warp_env(env_id, 4, "cpu")
+    begin = torch.compile(env.begin_step, fullgraph=True, backend="aot_eager")
+    end = torch.compile(env.end_step, fullgraph=True, backend="aot_eager")
+    action, live = torch.full_like(env.controls, 0.3), torch.tensor([True, True, False, True])
+    states = env.states()
+    outcomes = []
+    for first, last in ((env.begin_step, env.end_step), (begin, end)):
+        env.restart_where(torch.ones_like(live), states)
+        first(action, live)
+        env.run_physics()
+        outcomes.append(last())
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_temporary_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     env = make_warp_env("HalfCheetah-v5", 16, "cpu")
     solver_alone = 16 * 48 * 5 * 4  # five numbers per constraint

@@ -42,6 +42,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return arguments
 
 
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_players_compile_what_is_asked_for(compile: str) -> None:
+    config = TrainConfig.of("CartPole-v1", compile=compile)
+    _, player = builder.device_player(config, torch.device("cpu"))
+    assert player._launch.compiled == (compile == "on")
+
+
 @pytest.mark.parametrize("changes", [{}, {"row_block": 64}, {"slots": 100}, {"perturbation": "flipout", "bases": 3}])
 def test_a_measurement_builds_what_training_builds(changes: dict[str, Any], asked: list[dict[str, Any]]) -> None:
     """A GPU with physics on the CPU used to be timed in blocks of 128 rows, and trained in blocks of 512."""

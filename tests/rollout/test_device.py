@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium
@@ -315,6 +316,38 @@ def test_parts_of_the_step_stay_parts_behind_a_partial_observation() -> None:
         (rollout,) = player._rollouts.values()
         assert (rollout._parts is not None) == (kind is ChaosInParts)
     assert same(*rollouts)
+
+
+def addresses(rollout: Any) -> dict[str, int]:
+    return {name: value.data_ptr() for name, value in vars(rollout).items() if isinstance(value, Tensor)}
+
+
+def test_compiled_parts_change_no_bit_and_move_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same kernels as without compilation: only what is traced is seen here, not how it is fused."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    population, seeds = population_of(MLP(3, 2, (4,), output_gain=1.0), Flipout(), 8), seeds_of(8, 2)
+    expected = run(population, chaos(4), Episodes(seeds, moment_jobs=MOMENT_JOBS))
+    options = LaunchOptions(3, compiled=True)
+    player = DevicePlayer(agent_of(chaos(1)), partial(chaos, kind=ChaosInParts), 3, launch=options)
+    assert same(play(player, population, seeds), expected)
+    (rollout,) = player._rollouts.values()
+    before = addresses(rollout)
+    assert same(play(player, population, seeds), expected)
+    assert addresses(rollout) == before
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler\nset CC")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    population = population_of(MLP(3, 2, (4,)), Flipout(), 8)
+    options = LaunchOptions(compiled=True)
+    player = DevicePlayer(agent_of(chaos(1)), partial(chaos, kind=ChaosInParts), 3, launch=options)
+    with pytest.raises(UserError, match=r"--compile on does not work here: .*no compiler$"):
+        play(player, population, seeds_of(8, 1))
 
 
 def test_starts_are_drawn_ahead_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,36 @@ def test_any_fault_of_a_gpu_leaves_the_cpu(error: Exception, shown: str) -> None
         faster([CPU, GPU], bug)
 
 
+@pytest.mark.parametrize("where", ["make_env", "EvolutionStrategy"])
+def test_a_run_goes_on_without_a_broken_gpu(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fault may appear wherever the GPU is first used: with the environments or with the perturbations."""
+    monkeypatch.setattr(placement, "missing_cuda", lambda: None)
+    monkeypatch.setattr(placement, "_SECONDS", 0.02)
+    make = getattr(builder, where)
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        if any(str(value) == "cuda" for value in (*args, *kwargs.values())):
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be")
+        return make(*args, **kwargs)
+
+    if where == "make_env":
+        monkeypatch.setattr(builder, where, faulty)
+    else:
+        monkeypatch.setattr(builder.make_strategy, "__defaults__", (None, faulty))
+    run_dir = tmp_path / "run"
+    options = ["--generations", "1", "--population-size", "8", "--hidden", "4", "--score-episodes", "1"]
+    env_id = "CartPole-v1" if where == "make_env" else "Blackjack-v1"
+    assert main(["train", env_id, "--run-dir", str(run_dir), "--env-steps", "100", "--threads", "1", *options]) == 0
+    shown = " ".join(capsys.readouterr())
+    faults = [line for line in shown.splitlines() if "ECC" in line]
+    assert len(faults) == 1
+    assert "not possible on the GPU" in faults[0]
+    assert "RuntimeError: CUDA error: uncorrectable ECC error encountered" in faults[0]
+    assert read_config(run_dir).compute.device == "cpu"
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_long_compilation_is_announced(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     make, said = builder.make_env, []
