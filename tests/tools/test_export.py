@@ -16,7 +16,7 @@ from torch import nn
 import es_flipout
 from es_flipout.errors import UserError
 from es_flipout.tools import export as module
-from es_flipout.tools.export import export, load_program
+from es_flipout.tools.export import export, load_onnx, load_program
 from es_flipout.tools.policy import TrainedPolicy, make_gymnasium_env
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -124,11 +124,13 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         export(policy, tmp_path / "policy.onnx")
 
 
-class Shifted(gymnasium.Env):
-    """Discrete actions that start at 3."""
+class Given(gymnasium.Env):
+    """An environment with the given action space."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
-    action_space = gymnasium.spaces.Discrete(2, start=3)
+
+    def __init__(self, action_space: gymnasium.Space) -> None:
+        self.action_space = action_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -136,16 +138,32 @@ class Shifted(gymnasium.Env):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         assert action in self.action_space
-        return self.np_random.random(4, np.float32), 0.0, False, False, {}
+        return self.np_random.random(4, np.float32), float(np.sum(action)), False, False, {}
 
 
-def test_discrete_actions_start_where_the_space_does(tmp_path: Path) -> None:
-    gymnasium.register("Shifted-v0", lambda **_: Shifted(), max_episode_steps=20)
+@pytest.mark.parametrize(
+    ("space", "ending"),
+    [
+        (gymnasium.spaces.Discrete(2, start=3), ".pt2"),
+        (gymnasium.spaces.MultiDiscrete([2, 3, 4], start=[5, -1, 0]), ".onnx"),
+        (gymnasium.spaces.MultiDiscrete(np.array([[2, 3], [4, 2]]), start=np.array([[1, 2], [3, 4]])), ".pt2"),
+        (gymnasium.spaces.MultiBinary((2, 3)), ".onnx"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_actions_are_elements_of_the_space(space: gymnasium.Space, ending: str, tmp_path: Path) -> None:
+    gymnasium.register("Given-v0", lambda **_: Given(space), max_episode_steps=20)
+    output = tmp_path / f"policy{ending}"
     try:
-        policy = es_flipout.load(write_run(tmp_path / "run", "Shifted-v0", policy="linear"))
-        export(policy, tmp_path / "policy.pt2")
+        policy = es_flipout.load(write_run(tmp_path / "run", "Given-v0", policy="linear"))
+        signature, check = export(policy, output)
     finally:
-        gymnasium.registry.pop("Shifted-v0")
-    action, _ = load_program(tmp_path / "policy.pt2")(np.ones((1, 4), np.float32), None)
-    assert action[0] == policy.act(np.ones(4, np.float32))
-    assert action[0] in (3, 4)
+        gymnasium.registry.pop("Given-v0")
+    assert check.difference == 0
+    assert (signature.action, signature.action_dtype) == (space.shape, "int64")
+    observations = np.random.default_rng(0).uniform(-5, 5, (50, 4)).astype(np.float32)
+    actions, _ = (load_onnx if ending == ".onnx" else load_program)(output)(observations, None)
+    own = np.stack([policy.act(row) for row in observations])
+    np.testing.assert_array_equal(actions, own)
+    assert all(np.squeeze(action).astype(space.dtype) in space for action in actions)
+    assert len(np.unique(own, axis=0)) > 1
