@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     reporter = TerminalReporter(console, config.task.env_id)
     with locked(options.run_dir):
         advice = f"continue with: {resume_command(config, options.run_dir)}"
-        with starting_up(console, config.task.env_id, advice):
+        with starting_up(console, config, advice):
             trainer = resume_trainer(options.run_dir, reporter, changes, build_for(config), options.trust)
         with closing(trainer):
             if goes_on and trainer.finished:

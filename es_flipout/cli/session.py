@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from es_flipout.cluster.pool import WorkersLostError
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
 from es_flipout.training.evaluate import evaluate
@@ -23,6 +25,8 @@ from es_flipout.training.trainer import Trainer
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCORES = ("mean_return", "std_return", "median_return")
+# Waits for a line, and prints its argument if there is none because the other end of the pipe is gone.
+_WITNESS = 'read -r _ || printf "%s\\n" "$1" >&2'
 
 
 def build_for(config: TrainConfig) -> Build:
@@ -41,14 +45,38 @@ def find_modules_here() -> None:
 
 
 @contextmanager
-def starting_up(console: Console, env_id: str, advice: str) -> Iterator[None]:
+def starting_up(console: Console, config: TrainConfig, advice: str) -> Iterator[None]:
     """Show on a terminal that the run is starting; add advice to the message of a signal that stops it before training."""
     try:
-        with console.status(f"starting {env_id}: environments, policy and workers"):
+        shown = console.status(f"starting {config.task.env_id}: environments, policy and workers")
+        with _last_words(config, f"training had not begun; {advice}"), shown:
             yield
     except KeyboardInterrupt as stop:
         stop.add_note(f"training had not begun; {advice}")
         raise
+
+
+@contextmanager
+def _last_words(config: TrainConfig, advice: str) -> Iterator[None]:
+    """Let another process print an error with advice if this one ends within the context, with ``--backend ray``.
+
+    Ray's threads end the process, and no Python code runs any more, some time after a raylet, an agent or the GCS has died.
+    """
+    if config.compute.backend != "ray" or os.name != "posix":
+        yield
+        return
+    line = f"error: killed, or ended by Ray because a process of Ray (raylet, agent, GCS) died; {advice}"
+    witness = subprocess.Popen(
+        ["sh", "-c", _WITNESS, "sh", line],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # Ctrl-C in a terminal is not for this process
+    )
+    try:
+        yield
+    finally:
+        witness.communicate("ended in Python\n")
 
 
 def resume_command(config: TrainConfig, run_dir: Path) -> str:
@@ -60,17 +88,20 @@ def resume_command(config: TrainConfig, run_dir: Path) -> str:
 
 def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
     """Train, score in the single Gymnasium environment, and print the run directory; return the exit code."""
+    go_on = f"continue with: {resume_command(trainer.config, run_dir)}"
     try:
-        trainer.train(lambda: _score(trainer, run_dir, console))
+        with _last_words(trainer.config, go_on):
+            trainer.train(lambda: _score(trainer, run_dir, console))
+    except WorkersLostError as error:
+        raise UserError(f"{error}; {go_on}") from error
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise
-        advice = f"free some space, then continue with: {resume_command(trainer.config, run_dir)}"
-        raise UserError(f"{error}; {advice}") from error
+        raise UserError(f"{error}; free some space, then {go_on}") from error
     if trainer.interrupted:
         at = trainer.progress
         print(f"stopped after generation {at.generation} ({at.env_steps:,} environment steps)")
-        print(f"continue with: {resume_command(trainer.config, run_dir)}")
+        print(go_on)
     return 0
 
 

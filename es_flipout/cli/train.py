@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     require_unused(run_dir)
     find_modules_here()
     console = Console(stderr=True)
-    with starting_up(console, config.task.env_id, "nothing was written"):
+    with starting_up(console, config, "nothing was written"):
         trainer = make_trainer(config, run_dir, TerminalReporter(console, config.task.env_id), build_for(config))
     with closing(trainer):
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,7 @@ class Connection:
     def close(self) -> None:
         """Disconnect, and shut down Ray if it was started here."""
         if self._is_ours:
+            self._is_ours = False
             self.ray.shutdown()
 
 

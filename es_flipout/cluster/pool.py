@@ -96,7 +96,7 @@ class Pool:
             The results of the calls, in the order of the chunks.
 
         Raises:
-            WorkersLostError: no worker is left and none can be started, or too many workers died of one chunk.
+            WorkersLostError: no worker is left and none can be started, too many workers died of one chunk, or Ray failed.
             RolloutInterrupted: ``should_stop`` returned true.
             Exception: an exception of a worker's own code is re-raised.
         """
@@ -139,6 +139,8 @@ class Pool:
                         self._replace(worker)
                     except self._ray.exceptions.RayTaskError as error:
                         raise self._why(error) from None
+                    except self._ray.exceptions.RayError as error:
+                        raise WorkersLostError(f"Ray failed: {_reason(error)}") from None
         except BaseException:
             self._forget(calls)
             raise

@@ -93,13 +93,15 @@ class Trainer:
         """Train to the end of the run or until interrupted, and save everything.
 
         Args:
-            final_scores: called at the end of the run (not if it was interrupted); the trackers get what it returns.
+            final_scores: called at the end of the run (not if it was interrupted), when the player is closed; the trackers
+                get what it returns.
         """
         state, scores = "failed", {}
         try:
             self._train()
             state = "interrupted" if self.interrupted else "finished"
             if final_scores is not None and not self.interrupted:
+                self.player.close()  # scoring needs no workers, and may take longer than they live
                 scores = final_scores()
         finally:
             self.tracking.finish(state, scores)
