@@ -51,6 +51,7 @@ if [[ (-z $only || $only == occupancy) && ! -d $humanoid ]]; then
         --no-remove-alive-bonus --score-every 20 --checkpoint-every 20 --keep-checkpoints 1000 --env-steps 1052000 # 10: estimate
 fi
 run occupancy scripts/speed/occupancy.py --run-dir "$humanoid" # 1: estimate
+run reliability scripts/checks/reliability.py                                            # 210: minutes of the options, and an estimate
 run language_model scripts/speed/language_model.py                                       # 4: seconds, on a busy machine
 
 if [[ -n $only && " $known " != *" $only "* ]]; then

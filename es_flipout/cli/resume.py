@@ -45,7 +45,14 @@ def run(arguments: Sequence[str]) -> int:
     """Continue training to the end and score the policy."""
     options = parse(ResumeOptions, arguments, "resume")
 
-    from es_flipout.cli.session import build_for, find_modules_here, resume_command, starting_up, train_to_the_end
+    from es_flipout.cli.session import (
+        build_for,
+        find_modules_here,
+        going_on,
+        resume_command,
+        starting_up,
+        train_to_the_end,
+    )
     from es_flipout.training.lock import locked
     from es_flipout.training.metrics import TerminalReporter
     from es_flipout.training.run_directory import read_config, write_config
@@ -68,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
         advice = f"continue with: {resume_command(config, options.run_dir)}"
         with starting_up(console, config, advice):
             trainer = resume_trainer(options.run_dir, reporter, changes, build_for(config), options.trust)
-        with closing(trainer):
+        with going_on(config, options.run_dir), closing(trainer):
             if goes_on and trainer.finished:
                 done = trainer.progress
                 raise UserError(

@@ -86,22 +86,33 @@ def resume_command(config: TrainConfig, run_dir: Path) -> str:
     return f"es-flipout resume {shlex.quote(str(run_dir))}{trust}"
 
 
-def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
-    """Train, score in the single Gymnasium environment, and print the run directory; return the exit code."""
-    go_on = f"continue with: {resume_command(trainer.config, run_dir)}"
+@contextmanager
+def going_on(config: TrainConfig, run_dir: Path) -> Iterator[None]:
+    """Add to the message of a full disk, or of Ray's failure, how to continue the run.
+
+    Raises:
+        UserError: the disk is full, or Ray failed.
+    """
+    go_on = f"continue with: {resume_command(config, run_dir)}"
     try:
-        with _last_words(trainer.config, go_on):
-            trainer.train(lambda: _score(trainer, run_dir, console))
+        with _last_words(config, go_on):
+            yield
     except WorkersLostError as error:
         raise UserError(f"{error}; {go_on}") from error
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise
-        raise UserError(f"{error}; free some space, then {go_on}") from error
+        what = go_on if (run_dir / "config.json").exists() else "start the run again"
+        raise UserError(f"{error}; free some space, then {what}") from error
+
+
+def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
+    """Train, score in the single Gymnasium environment, and print the run directory; return the exit code."""
+    trainer.train(lambda: _score(trainer, run_dir, console))
     if trainer.interrupted:
         at = trainer.progress
         print(f"stopped after generation {at.generation} ({at.env_steps:,} environment steps)")
-        print(go_on)
+        print(f"continue with: {resume_command(trainer.config, run_dir)}")
     return 0
 
 

@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse_with_preset(TrainOptions, arguments, "train")
     config = options.config
 
-    from es_flipout.cli.session import build_for, find_modules_here, starting_up, train_to_the_end
+    from es_flipout.cli.session import build_for, find_modules_here, going_on, starting_up, train_to_the_end
     from es_flipout.training.lock import locked
     from es_flipout.training.metrics import TerminalReporter
     from es_flipout.training.run_directory import require_unused
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     console = Console(stderr=True)
     with starting_up(console, config, "nothing was written"):
         trainer = make_trainer(config, run_dir, TerminalReporter(console, config.task.env_id), build_for(config))
-    with closing(trainer):
+    with going_on(config, run_dir), closing(trainer):
         run_dir.mkdir(parents=True, exist_ok=True)
         with locked(run_dir):
             trainer.create()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -38,7 +39,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(holder).encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk, the lock is held without a word on who holds it
+            os.pwrite(file, json.dumps(holder).encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from es_flipout import cli
 from es_flipout.config import PLACES
 from es_flipout.training.checkpoint import load_tensors, save_tensors
+from es_flipout.training.run_directory import read_config
+from es_flipout.tuning.result import preset_json
 
 SECONDS = 60.0  # a case that takes longer hangs
 TINY = [
@@ -38,7 +40,8 @@ class Case:
 
     Attributes:
         kind: what is malformed.
-        arguments: of the command line; ``RUN`` stands for the copy of the run, ``NEW`` for a path that does not exist.
+        arguments: of the command line; ``RUN`` stands for the copy of the run, ``RUN/...`` for a file of it, ``NEW`` for a path
+            that does not exist.
         change: changes the copy of the run; returns whether the case must be refused.
     """
 
@@ -108,7 +111,8 @@ def _other_type(old: Any, new: Any) -> bool:
 
 
 def _change_json(path: Path, way: str, chosen: int, value: Any) -> bool:
-    """Change a JSON file; return whether it must be refused."""
+    """Change a JSON file; return whether it must be refused. Of a preset, every value is optional."""
+    preset = path.name == _PRESET
     text = path.read_text(encoding="utf-8")
     values = json.loads(text)
     if way == "text":
@@ -121,7 +125,7 @@ def _change_json(path: Path, way: str, chosen: int, value: Any) -> bool:
         return True
     if way == "whole":
         path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
-        return True
+        return not (preset and value == {})
     places = list(_paths(values))
     *before, last = places[chosen % len(places)]
     inner = values
@@ -130,7 +134,7 @@ def _change_json(path: Path, way: str, chosen: int, value: Any) -> bool:
     optional = last in ("version",)
     if way == "deleted":
         del inner[last]
-        must = not optional
+        must = not (optional or preset)
     elif way == "added":
         inner["unknown" + str(last)] = value
         must = True
@@ -142,11 +146,15 @@ def _change_json(path: Path, way: str, chosen: int, value: Any) -> bool:
 
 
 def _commands(*names: str) -> st.SearchStrategy[tuple[str, ...]]:
+    short = ("--run-dir", "NEW", "--generations", "2", "--evaluation-episodes", "1")
     given = {
         "evaluate": ("evaluate", "RUN", "--episodes", "1"),
         "last": ("evaluate", "RUN", "--episodes", "1", "--which", "last"),
         "resume": ("resume", "RUN"),
         "config": ("train", "--config", "RUN", "--run-dir", "NEW"),
+        "config file": ("train", "CartPole-v1", "--config", "RUN/config.json", *short),
+        "preset": ("train", "--preset", f"RUN/{_PRESET}", *short),
+        "preset of": ("train", "CartPole-v1", "--preset", f"RUN/{_PRESET}", *short),
     }
     return st.sampled_from([given[name] for name in names])
 
@@ -218,6 +226,7 @@ def tensor_files(draw: st.DrawFn, name: str, commands: st.SearchStrategy[tuple[s
     return Case(f"{name} (valid)", draw(commands), lambda run: _change_tensors(_file(run, name), way, chosen))
 
 
+_PRESET = "preset.json"
 _META, _TENSORS = "checkpoints/generation_*.json", "checkpoints/generation_*.safetensors"
 
 
@@ -228,10 +237,12 @@ def cases() -> st.SearchStrategy[Case]:
         options(),
         options(),
         options(),
-        json_files("config.json", _commands("evaluate", "resume", "config")),
+        json_files("config.json", _commands("evaluate", "resume", "config", "config file")),
+        json_files(_PRESET, _commands("preset", "preset of")),
         json_files(_META, _commands("resume", "evaluate")),
         json_files("evaluation.json", anything).map(_may_be_ignored),
-        binary_files("config.json", _commands("evaluate", "resume", "config"), checked=False),
+        binary_files("config.json", _commands("evaluate", "resume", "config", "config file"), checked=False),
+        binary_files(_PRESET, _commands("preset", "preset of"), checked=False),
         binary_files(_META, _commands("resume"), checked=False),
         binary_files(_TENSORS, _commands("resume")),
         binary_files("metrics.csv", _commands("resume"), checked=False),
@@ -269,7 +280,7 @@ class Outcome:
 
 
 def make_run(folder: Path) -> Path:
-    """Train the run whose files are changed."""
+    """Train the run whose files are changed, and write a preset file beside them."""
     run = folder / "whole"
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -277,6 +288,7 @@ def make_run(folder: Path) -> Path:
     if code:
         raise RuntimeError(said.getvalue())
     shutil.rmtree(run / "tensorboard")
+    (run / _PRESET).write_text(preset_json(read_config(run)), encoding="utf-8")
     return run
 
 
@@ -287,7 +299,8 @@ def carry_out(case: Case, run: Path, seconds: float = SECONDS) -> Outcome:
         shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(run, copy)
     must_refuse = case.change(copy)
-    arguments = [{"RUN": str(copy), "NEW": str(new)}.get(part, part) for part in case.arguments]
+    paths = {"NEW": str(new), "RUN": str(copy), **{f"RUN/{each.name}": str(each) for each in copy.iterdir()}}
+    arguments = [paths.get(part, part) for part in case.arguments]
     out, err, began = io.StringIO(), io.StringIO(), time.monotonic()
 
     def hangs(*_: object) -> None:

@@ -1,5 +1,10 @@
 """Killed, signalled and contested runs end like undisturbed ones; ``make chaos`` does this for as long as one likes."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,3 +32,57 @@ def test_a_difference_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert process.returncode == 0
     assert chaos.difference(tmp_path / "same" / "run", tmp_path / "one" / "run") is None
     assert chaos.difference(tmp_path / "other" / "run", tmp_path / "one" / "run") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent"])
+def test_a_run_whose_ray_dies(tmp_path: Path, kind: str) -> None:
+    """Ray's threads end the process then, and Python with it: another process says so."""
+    more = (*chaos.ON_RAY, "--generations", "5000")
+    process = chaos.start(tmp_path, *chaos.command(tmp_path, "CartPole-v1", 1, *more))
+    metrics = tmp_path / "run" / "metrics.csv"
+    while not (metrics.exists() and chaos.rows_of(metrics) >= 7):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    for pid in chaos.ray_processes(process)[kind]:
+        os.kill(pid, signal.SIGKILL)
+    _, said = process.communicate(timeout=chaos.LONGEST_S)
+    assert process.returncode in (1, 2), said
+    assert said.count("error: ") == 1, said
+    assert said.splitlines()[-1].endswith("continue with: es-flipout resume run")
+    generations = str(chaos.rows_of(metrics) + 3)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    alone = ("--population-size", "64", "--generations", generations)
+    for folder, command in (
+        (tmp_path, ["resume", "run", "--generations", generations, "--backend", "local"]),
+        (whole, chaos.command(whole, "CartPole-v1", 1, *alone)),
+    ):
+        again = chaos.start(folder, *command)
+        assert (again.communicate(timeout=chaos.LONGEST_S), again.returncode)[1] == 0
+    assert chaos.difference(tmp_path / "run", whole / "run") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free_pages", [0, 3, 12])
+def test_a_full_disk(tmp_path: Path, free_pages: int) -> None:
+    counts = chaos.Counts()
+    try:
+        chaos.full_disk(tmp_path, 0, free_pages, counts)
+    except OSError as refused:
+        pytest.skip(f"a small disk cannot be made: {refused}")
+    assert not counts.problems
+    assert not counts.full["none"]
+
+
+def test_a_clock_that_is_set_back(tmp_path: Path) -> None:
+    chaos.start(tmp_path, "--version", clock=True).communicate(timeout=100)
+    program = "import time; t = time.time(); time.sleep(0.4); print(time.time() - t)"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "clock")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert -7300 < float(run.stdout) < -3500

@@ -29,6 +29,7 @@ SCRIPTS = {
     "paper_update_time": "paper.update_time",
     "paper_variance": "paper.variance",
     "peers": "speed.peers",
+    "reliability": "checks.reliability",
     "scaling": "speed.scaling",
     "speed": "speed.rollout_and_forward",
 }
