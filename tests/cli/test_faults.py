@@ -14,6 +14,9 @@ import pytest
 from command_line import ROOT, SMALL, run, the_line
 
 from es_flipout import cli
+from es_flipout.cli.session import going_on
+from es_flipout.config import TrainConfig
+from es_flipout.errors import UserError
 from es_flipout.presets import TUNED
 from es_flipout.training.checkpoint import checkpoints
 from es_flipout.training.run_directory import read_config
@@ -253,3 +256,29 @@ def test_a_signal_outside_of_training(
     assert (err + out).endswith(line.format(name=number.name)), (out, err)
     assert process.returncode == (128 + number if code is None else code)
     assert (tmp_path / "run").exists() == (code == 0)
+
+
+@pytest.mark.parametrize("end", ["returns", "raises", "exits", "killed"])
+def test_the_last_words_of_a_process_that_ray_ends(end: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Ray's threads end the process as ``exits`` does: no Python code runs after that."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with going_on(TrainConfig.of("CartPole-v1", backend="ray"), tmp_path / "a run"):
+                if end == "exits":
+                    os._exit(1)
+                elif end == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif end == "raises":
+                    raise UserError("of the user")
+        except UserError:
+            pass
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    until, said = time.monotonic() + 10, ""
+    while "\n" not in said and end in ("exits", "killed") and time.monotonic() < until:
+        said += capfd.readouterr().err
+    assert said.count("error: ") == (end in ("exits", "killed"))
+    assert said.endswith(f"continue with: es-flipout resume '{tmp_path}/a run'\n") or not said
+    assert capfd.readouterr() == ("", "")

@@ -118,6 +118,17 @@ def test_what_the_work_raises(make_pool: MakePool) -> None:
     assert pool.work([3], square) == [9]
 
 
+def test_what_ray_raises(make_pool: MakePool, connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, error = make_pool(count=1), connection.ray.exceptions.ObjectLostError("00" * 28, None, "")
+
+    def fail(reference: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(connection.ray, "get", fail)
+    with pytest.raises(WorkersLostError, match="Ray failed: Failed to retrieve object"):
+        pool.work([1], square)
+
+
 def test_interruption(make_pool: MakePool) -> None:
     with pytest.raises(RolloutInterrupted):
         make_pool(count=1).work([-4], square, should_stop=lambda: True)

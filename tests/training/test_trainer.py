@@ -259,6 +259,19 @@ def test_a_checkpoint_is_there_from_the_start(tmp_path: Path) -> None:
     assert_same(saved, tensors(trainer))
 
 
+def test_the_player_is_closed_before_the_final_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers may die while the policies are scored, which needs none of them."""
+    trainer, happened = make_trainer(CARTPOLE.replace(generations=1)), []
+    monkeypatch.setattr(trainer.player, "close", lambda: happened.append("closed"))
+
+    def score() -> dict[str, float]:
+        happened.append("scored")
+        return {}
+
+    trainer.train(score)
+    assert happened == ["closed", "scored"]
+
+
 @pytest.mark.parametrize("taken", ["file in it", "file"])
 def test_a_run_directory_that_exists_is_left_alone(tmp_path: Path, taken: str) -> None:
     run_dir = tmp_path / "run"
