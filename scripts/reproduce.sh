@@ -53,6 +53,7 @@ fi
 run occupancy scripts/speed/occupancy.py --run-dir "$humanoid" # 1: estimate
 run reliability scripts/checks/reliability.py                                            # 210: minutes of the options, and an estimate
 run language_model scripts/speed/language_model.py                                       # 4: seconds, on a busy machine
+run kernels scripts/checks/kernel_resources.py # 10: estimate; compiles for sm_90, needs no GPU
 
 if [[ -n $only && " $known " != *" $only "* ]]; then
     echo "there is no $only; choose from$known" >&2

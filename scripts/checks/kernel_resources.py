@@ -218,7 +218,7 @@ def assembled(ptx: str) -> dict[str, int]:
 
 def table(runs: report.Frame) -> str:
     """All configurations, in Markdown."""
-    runs = runs.fillna("")
+    runs = runs.astype(object).fillna("")
     rows = []
     for _, run in runs.iterrows():
         what = [run["kernel"], run["sizes"], run["precision"], run["blocks"], run["warps"], run["stages"]]

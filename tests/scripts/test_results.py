@@ -18,6 +18,7 @@ SCRIPTS = {
     "against_rl": "learning.against_rl",
     "compare": "speed.compare",
     "families": "learning.families",
+    "kernels": "checks.kernel_resources",
     "language_model": "speed.language_model",
     "learning": "learning.presets",
     "memory": "learning.memory",
@@ -42,7 +43,7 @@ def test_rendered_again(folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / folder.name
     shutil.copytree(folder, out)
     (out / "table.md").unlink()
-    script = importlib.import_module(f"scripts.{SCRIPTS[folder.name.split('_epyc')[0]]}")
+    script = importlib.import_module(f"scripts.{SCRIPTS[re.split('_epyc|_sm90', folder.name)[0]]}")
     monkeypatch.setattr(sys, "argv", ["script.py", "--out", str(out), "--render"])
     script.main()
     for path in (*folder.glob("*.md"), *folder.glob("*.csv"), *folder.glob("*.json")):
@@ -59,3 +60,14 @@ def test_reproduce_makes_every_folder_with_its_script() -> None:
     one = subprocess.run([*command, "memory"], env=environment, capture_output=True, text=True, check=True).stdout
     assert one.count("--out") == 1
     assert subprocess.run([*command, "nothing"], env=environment, capture_output=True, check=False).returncode == 2
+
+
+def test_the_kernels_in_the_table_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the interpreter has one configuration
+    kernels = importlib.import_module("scripts.checks.kernel_resources")
+    runs = kernels.report.read_csv(ROOT / "results" / "kernels_sm90_2026-11" / "runs.csv")
+    found = [tuple(str(run[name]) for name in kernels.Case.KEY) for _, run in runs.iterrows()]
+    assert found == [tuple(str(case.key[name]) for name in kernels.Case.KEY) for case in kernels.cases()]
+    assert runs["shared"].max() <= kernels.MOST_SHARED
+    assert runs["spill_stores"].max() < 100
