@@ -64,6 +64,13 @@ class Machine(Namespace):
         """Join the switch, and start Ray: the machine with number 1 is the head."""
         super().__init__()
         self.address, self.port = f"10.77.0.{number}", f"port{number}"
+        try:
+            self._join(switch, number, cores)
+        except BaseException:
+            self.close()
+            raise
+
+    def _join(self, switch: Namespace, number: int, cores: int) -> None:
         Path("/tmp/ray").mkdir(exist_ok=True)
         self.do("mount", "-t", "tmpfs", "tmpfs", "/tmp/ray")
         switch.do(*f"ip link add {self.port} type veth peer name eth0 netns {self.holder.pid}".split())

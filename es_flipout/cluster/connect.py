@@ -48,7 +48,8 @@ class Connection:
             gpus: number of GPUs if Ray is started here; by default those of this machine.
 
         Raises:
-            UserError: Ray is not installed, the address does not answer, or the cluster runs other versions.
+            UserError: Ray is not installed or does not start, the address does not answer, or the cluster runs other
+                versions.
         """
         self.ray = ray = import_ray()
         self._is_ours = not ray.is_initialized()
@@ -57,13 +58,16 @@ class Connection:
         if self._is_ours:
             quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             if address is None:
-                ray.init(
-                    num_cpus=cores or usable_cores(),
-                    num_gpus=gpus,
-                    include_dashboard=False,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    **quiet,
-                )
+                try:
+                    ray.init(
+                        num_cpus=cores or usable_cores(),
+                        num_gpus=gpus,
+                        include_dashboard=False,
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                        **quiet,
+                    )
+                except Exception as error:  # Ray has no class of its own for a process that does not start
+                    raise UserError(f"Ray does not start on this machine: {' '.join(str(error).split())}") from error
             else:
                 try:
                     ray.init(address=address, **quiet)

@@ -52,6 +52,16 @@ def test_what_ray_says_of_a_cluster_it_cannot_join(monkeypatch: pytest.MonkeyPat
         Connection("auto")
 
 
+def test_a_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(**options: Any) -> None:
+        raise Exception("The current node timed out during startup.\nThe raylet failed.")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", time_out)
+    with pytest.raises(UserError, match=r"Ray does not start on this machine: .*startup\. The raylet failed\.$"):
+        Connection()
+
+
 def test_a_ray_that_is_there_is_used_and_left(connection: Connection) -> None:
     other = Connection()
     assert other.cores == connection.cores == 4
