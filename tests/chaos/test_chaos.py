@@ -38,7 +38,8 @@ def test_a_difference_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("kind", ["raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent"])
 def test_a_run_whose_ray_dies(tmp_path: Path, kind: str) -> None:
     """Ray's threads end the process then, and Python with it: another process says so."""
-    more = (*chaos.ON_RAY, "--generations", "5000")
+    constant = ("--sigma-final", "None", "--learning-rate-final", "None")  # the length of the run does not matter then
+    more = (*chaos.ON_RAY, *constant, "--generations", "5000")
     process = chaos.start(tmp_path, *chaos.command(tmp_path, "CartPole-v1", 1, *more))
     metrics = tmp_path / "run" / "metrics.csv"
     while not (metrics.exists() and chaos.rows_of(metrics) >= 7):
@@ -53,7 +54,7 @@ def test_a_run_whose_ray_dies(tmp_path: Path, kind: str) -> None:
     generations = str(chaos.rows_of(metrics) + 3)
     whole = tmp_path / "whole"
     whole.mkdir()
-    alone = ("--population-size", "64", "--generations", generations)
+    alone = ("--population-size", "64", *constant, "--generations", generations)
     for folder, command in (
         (tmp_path, ["resume", "run", "--generations", generations, "--backend", "local"]),
         (whole, chaos.command(whole, "CartPole-v1", 1, *alone)),
