@@ -22,6 +22,14 @@ import es_flipout
 from es_flipout import schema
 from es_flipout.errors import UserError
 
+# Fields that this format of config.json got later, by subject, with what all runs did before: a file may be without them.
+_BEFORE: dict[str, dict[str, Any]] = {
+    "task": {"horizon": None},
+    "strategy": {"shaping": "ranks"},
+    "schedule": {"anneal_generations": None, "anneal_env_steps": None, "starts": 1, "start_fraction": 0.05},
+    "logging": {"track": ["tensorboard"]},
+}
+
 _NOT_ENV_KWARGS = frozenset({"env_id", "id", "num_envs", "threads", "device", "vectorization_mode", "observed"})
 
 
@@ -456,7 +464,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Read the text that :meth:`to_json` wrote.
+        """Read the text that :meth:`to_json` wrote, also before the newest fields existed.
 
         Raises:
             UserError: the text is not a configuration of this version.
@@ -466,6 +474,9 @@ class TrainConfig:
             values = schema.load_object(text)
             version = values.pop("version", None)
             schema.expect(values, cls.SUBJECTS)
+            for subject, before in _BEFORE.items():
+                if isinstance(values[subject], dict):
+                    values[subject] = {**before, **values[subject]}
             return cls(
                 **{subject: schema.build(kind, values[subject], subject) for subject, kind in cls.SUBJECTS.items()}
             )

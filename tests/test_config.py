@@ -188,6 +188,22 @@ def with_changes(subject: str, **changes: Any) -> str:
     return json.dumps(values | {subject: values[subject] | changes})
 
 
+def test_a_configuration_from_before_a_field_existed_is_what_such_a_run_did() -> None:
+    later = ("horizon", "shaping", "anneal_generations", "anneal_env_steps", "starts", "start_fraction", "track")
+    for name in later:
+        values = json.loads(OTHER.to_json())
+        subject, field = PLACES[name]
+        del values[subject][field]
+        default = TrainConfig.of("Any-v0").flat()[name]
+        assert TrainConfig.from_json(json.dumps(values)) == OTHER.replace(**{name: default})
+    for name in set(PLACES) - {*later}:
+        values = json.loads(OTHER.to_json())
+        subject, field = PLACES[name]
+        del values[subject][field]
+        with pytest.raises(UserError, match=f"in {subject} it has no {field}"):
+            TrainConfig.from_json(json.dumps(values))
+
+
 FLAT = json.dumps({"env_id": "Any-v0", "sigma": 0.1})  # the format of version 0.1.0
 
 

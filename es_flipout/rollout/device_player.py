@@ -69,10 +69,11 @@ class DevicePlayer(Player):
 
         return self._with_less_memory(play)
 
-    def draw_ahead(self, seeds: Tensor) -> None:
+    def draw_ahead(self, seeds: Callable[[], Tensor]) -> None:
         """See :meth:`es_flipout.rollout.players.Player.draw_ahead`; the device computes meanwhile."""
-        env = self._with_less_memory(lambda: self.env(min(seeds.numel(), self.slots)))
-        env.draw_ahead(seeds.flatten())
+        drawn = seeds()
+        env = self._with_less_memory(lambda: self.env(min(drawn.numel(), self.slots)))
+        env.draw_ahead(drawn.flatten())
 
     def close(self) -> None:
         """See :meth:`es_flipout.rollout.players.Player.close`."""

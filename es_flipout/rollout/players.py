@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -45,8 +45,12 @@ class Player(ABC):
             EnvironmentFailureError: the environment's own code raised an exception.
         """
 
-    def draw_ahead(self, seeds: Tensor) -> None:  # noqa: B027 (most players need not)
-        """Begin to draw the start states of a later request with ``seeds`` ``(P, E)`` int64, where that saves time."""
+    def draw_ahead(self, seeds: Callable[[], Tensor]) -> None:  # noqa: B027 (most players need not)
+        """Begin to draw the start states of a later request, where that saves time.
+
+        Args:
+            seeds: returns the seeds of that request, ``(P, E)`` int64; only called where they are used.
+        """
 
     def close(self) -> None:  # noqa: B027 (not every player holds resources)
         """Release environments, processes and connections."""

@@ -150,19 +150,19 @@ class Trainer:
         population = strategy.ask()
         task = self.config.task
         segments = None if task.horizon is None else self.frontier.segments(population, task.episodes)
-        seeds, next_seeds = (
-            start_seeds(population, task.episodes, common=task.start_states == "generation", ahead=ahead)
-            for ahead in (0, 1)
-        )
+
+        def seeds(ahead: int) -> Tensor:
+            return start_seeds(population, task.episodes, common=task.start_states == "generation", ahead=ahead)
+
         episodes = Episodes(
-            seeds,
+            seeds(ahead=0),
             step_cap=task.horizon or task.episode_cap_at(fraction, self.player.max_episode_steps),
             remove_alive_bonus=task.remove_alive_bonus,
             moment_jobs=MOMENT_JOBS if isinstance(self.agent.norm, ObservationNorm) else 0,
             segments=segments,
         )
         asked = time.perf_counter()
-        self.player.draw_ahead(next_seeds)
+        self.player.draw_ahead(lambda: seeds(ahead=1))
         rollout = self.player.play(population, episodes, lambda: self.interrupted)
         played = time.perf_counter()
         strategy.tell(rollout.fitness)

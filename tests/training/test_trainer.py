@@ -587,3 +587,27 @@ def test_discrete_actions_may_start_anywhere(monkeypatch: pytest.MonkeyPatch) ->
     finally:
         gymnasium.registry.pop("OddStart-v0")
     assert set(taken) == {7, 8}
+
+
+def test_seeds_of_the_next_generation_are_drawn_only_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from es_flipout.training import trainer as module
+
+    drawn: list[int] = []
+
+    def start_seeds(*args: Any, ahead: int = 0, **kwargs: Any) -> Tensor:
+        drawn.append(ahead)
+        return module_start_seeds(*args, ahead=ahead, **kwargs)
+
+    module_start_seeds = module.start_seeds
+    monkeypatch.setattr(module, "start_seeds", start_seeds)
+    trainer = make_trainer(CARTPOLE)
+    trainer.generation()
+    assert drawn == [0]
+    asked: list[Tensor] = []
+    monkeypatch.setattr(trainer.player, "draw_ahead", lambda seeds: asked.append(seeds()))
+    trainer.generation()
+    assert drawn == [0, 0, 1]
+    trainer.generation()
+    assert drawn == [0, 0, 1, 0, 1]
+    assert asked[0].shape == (32, 1)
+    trainer.close()
