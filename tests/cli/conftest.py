@@ -1,3 +1,5 @@
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,7 +7,7 @@ from typing import Any
 
 import gymnasium
 import pytest
-from command_line import ODDITIES, the_line
+from command_line import ODDITIES, SMALL, run, the_line
 
 from es_flipout import cli
 
@@ -32,3 +34,16 @@ def oddities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("oddities", None)
     for name in set(gymnasium.registry) - before:
         gymnasium.registry.pop(name)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Run from start to end in a real process."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder / "run", run("train", "CartPole-v1", *SMALL, "--seed", "5", "--run-dir", "run", cwd=folder)
+
+
+@pytest.fixture
+def run_dir(trained: tuple[Path, Any], tmp_path: Path) -> Path:
+    """Return a copy of the trained run that a test may damage."""
+    return Path(shutil.copytree(trained[0], tmp_path / "copy"))

@@ -1,5 +1,6 @@
 """The pool: a chunk is processed again if its worker dies, and only then."""
 
+import math
 import os
 import signal
 import time
@@ -19,12 +20,17 @@ def worker_class() -> type:
     """Return a class that is defined in a function, because workers cannot import this file."""
 
     class Worker:
-        """Squares numbers; a number in ``deadly`` kills it the first time, after which a file with its name exists."""
+        """Squares numbers; a number in ``deadly`` kills it the first time, after which a file with its name exists.
+
+        Before that it waits until the pool has all its results: a result that is still on its way is lost with the process,
+        and its chunk is rightly processed again. On a busy machine that happens.
+        """
 
         def __init__(self, folder: Path, deadly: tuple[int, ...] = (), broken: bool = False) -> None:
             if broken or (folder / "broken").exists():
                 raise ValueError("cannot be built")
             self.folder, self.deadly = folder, deadly
+            self.finished: list[int] = []
 
         def ready(self) -> int:
             return os.getpid()
@@ -35,6 +41,8 @@ def worker_class() -> type:
                 mark = self.folder / f"died_{number}"
                 if not mark.exists():
                     mark.touch()
+                    while not all((self.folder / f"has_{each}").exists() for each in self.finished):
+                        time.sleep(0.01)
                     os.kill(os.getpid(), signal.SIGKILL)
             if number == -1:
                 raise MemoryError
@@ -44,9 +52,25 @@ def worker_class() -> type:
                 os.kill(os.getpid(), signal.SIGKILL)
             if number == -4:
                 time.sleep(60)
+            self.finished.append(number)
             return number * number
 
     return Worker
+
+
+class Noting:
+    """Ray, with a file for every result that arrives."""
+
+    def __init__(self, ray: Any, folder: Path) -> None:
+        self._ray, self._folder = ray, folder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ray, name)
+
+    def get(self, reference: Any) -> Any:
+        result = self._ray.get(reference)
+        (self._folder / f"has_{math.isqrt(result)}").touch()
+        return result
 
 
 MakePool = Callable[..., Pool]
@@ -54,9 +78,10 @@ MakePool = Callable[..., Pool]
 
 @pytest.fixture
 def make_pool(connection: Connection, tmp_path: Path, request: pytest.FixtureRequest) -> MakePool:
-    def make(*arguments: Any, count: int = 2, start_s: float = 60.0) -> Pool:
+    def make(*arguments: Any, count: int = 2, start_s: float = 120.0) -> Pool:
         actor = connection.ray.remote(num_cpus=1)(worker_class())
         pool = Pool(connection, lambda: actor.remote(tmp_path, *arguments), count, start_s)
+        pool._ray = Noting(connection.ray, tmp_path)
         request.addfinalizer(pool.close)
         return pool
 
