@@ -12,6 +12,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -73,6 +74,11 @@ def config_of(options: argparse.Namespace, *without: str) -> dict[str, object]:
 def usable_cores() -> int:
     """Cores that this process may use: the default number of processes."""
     return len(os.sched_getaffinity(0))
+
+
+def processor(name: str) -> str:
+    """The name of a processor, without signs and clock rate."""
+    return re.sub(r"\(R\)|\(TM\)| @.*", "", name)
 
 
 # Files of a results folder

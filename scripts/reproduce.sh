@@ -31,6 +31,8 @@ run methods scripts/learning/methods.py # 50: estimate; no committed results yet
 run memory scripts/learning/memory.py   # 8: train_s
 run against_rl scripts/learning/against_rl.py --venv "${TMPDIR:-/tmp}/es_flipout_rl" # 285: wall_s, and evaluation; 1.5 GB to install
 
+run exported scripts/learning/exported.py # 4: estimate
+
 run paper_variance scripts/paper/variance.py                   # 15: estimate
 run paper_bayes_by_backprop scripts/paper/bayes_by_backprop.py # 25: seconds
 run paper_language_models scripts/paper/language_models.py     # 56: seconds, on a busy machine

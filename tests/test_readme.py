@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import report
+from scripts.site import commands
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,3 +33,15 @@ def test_the_first_example_learns() -> None:
     with torch.no_grad():
         error = float((trained(x) - y).square().mean())  # type: ignore[operator]
     assert error < float(y.square().mean())  # type: ignore[attr-defined]
+
+
+def test_what_the_commands_print_is_that_of_a_run() -> None:
+    folders = list((ROOT / "results").glob("make_train_*"))
+    for folder in folders:
+        text = commands.rendered(
+            report.read_json(folder / "commands.json"), report.read_json(folder / "environment.json")
+        )
+        assert (folder / "output.md").read_text(encoding="utf-8") == text
+        score = report.read_json(folder / "evaluation.json")["mean_return"]
+        assert f"score {score:,.1f} " in text
+    assert any(f"begin results/{folder.name}/output.md" in README for folder in folders)

@@ -2,7 +2,7 @@
 
 python scripts/learning/against_rl.py --out results/against_rl_<hardware>_<yyyy-mm> --venv /tmp/es_flipout_rl
 python scripts/learning/against_rl.py --out ... --venv ... --envs HalfCheetah-v5 --seeds 0 1 2 --seconds 200
-python scripts/learning/against_rl.py --out ... --render        # only table.md and figure.png
+python scripts/learning/against_rl.py --out ... --render        # only table.md, sentence.md and figure.png
 
 Installs stable-baselines3 and sb3-contrib in an environment of their own (the folder of ``--venv``, created when it does not
 exist; about 1.5 GB, more where pip chooses a build of torch with CUDA), with the versions of torch, Gymnasium and MuJoCo that run
@@ -85,6 +85,7 @@ def main() -> None:
         if failed:
             raise UserError(f"{len(failed)} runs failed, run the script again: {'; '.join(failed)}")
     report.write_table(options.out, table(options.out))
+    (options.out / "sentence.md").write_text(sentence(options.out), encoding="utf-8")
     plot(options.out)
 
 
@@ -358,6 +359,24 @@ def table(out: Path) -> str:
         "and sb3-contrib with rl-zoo's settings. Runs on\none core are pinned to it, "
         f"{config['side_by_side']} side by side; runs on {config['all_cores']} cores have the machine to themselves. s: wall "
         "time of training, median (least to most).\n\n" + report.markdown(header, cells) + chosen(out)
+    )
+
+
+def sentence(out: Path) -> str:
+    """What the README says about HalfCheetah on one core, this engine beside PPO; nothing without both."""
+    rows, config = read_rows(out), report.read_json(out / "config.json")
+    finals = rows[rows["final"] & (rows["env_id"] == "HalfCheetah-v5") & (rows["cores"] == 1)]
+    runs = {method: own for method, own in report.groups(finals, "method")}
+    if not {"es_flipout", "ppo"} <= runs.keys():
+        return ""
+    scores = {method: sorted(own["mean_return"]) for method, own in runs.items()}
+    steps = {method: median(own["env_steps"]) for method, own in runs.items()}
+    mine, ppo = scores["es_flipout"], scores["ppo"]
+    cpu = report.read_json(out / "environment.json")["hardware"]["cpu"]
+    return (
+        f"On one core of an {report.processor(cpu)}, {config['seconds']:g} seconds each, {len(mine)} seeds: median "
+        f"{median(mine):,.0f} (worst {mine[0]:,.0f}) on HalfCheetah-v5, where PPO with rl-zoo's settings reaches "
+        f"{median(ppo):,.0f} (best {ppo[-1]:,.0f}) with {steps['es_flipout'] / steps['ppo']:.0f} times fewer environment steps.\n"
     )
 
 

@@ -17,6 +17,7 @@ FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/table.md"))
 SCRIPTS = {
     "against_rl": "learning.against_rl",
     "compare": "speed.compare",
+    "exported": "learning.exported",
     "families": "learning.families",
     "kernels": "checks.kernel_resources",
     "language_model": "speed.language_model",
