@@ -281,6 +281,7 @@ def test_help_of_an_environment_shows_its_preset(capsys: pytest.CaptureFixture[s
     assert len(set(shown.values())) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*The reward is a NaN value")  # Gymnasium's checker
 def test_nan_rewards_in_the_evaluation_are_still_json(oddities: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = oddities / "run"
     assert cli.main(["train", "oddities:NanAlways-v0", *SMALL, "--run-dir", str(run_dir)]) == 0

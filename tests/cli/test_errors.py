@@ -158,7 +158,6 @@ def test_nan_rewards_are_warned_of_once(oddities: Path, capsys: pytest.CaptureFi
     assert sum(count > 0 for count in nan_returns) > 1
 
 
-@pytest.mark.filterwarnings("ignore:.*The reward is a NaN value")  # Gymnasium's checker
 @pytest.mark.parametrize("taken", ["not empty", "a file"])
 def test_a_run_directory_that_exists(refused: Any, tmp_path: Path, taken: str) -> None:
     run_dir = tmp_path / "run"
