@@ -319,8 +319,10 @@ class Compute:
     """Fused Triton kernels or plain torch; auto uses Triton on CUDA."""
     precision: Literal["ieee", "tf32x3", "tf32", "bf16"] = "ieee"
     """Precision of matrix products in the Triton kernels; sums are always float32."""
-    compile: Literal["off", "on"] = "off"
-    """Fuse what surrounds MuJoCo's physics on a GPU with torch.compile."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Use torch.compile: on the CPU for the control step of environments written in torch, on a GPU for what surrounds
+    MuJoCo's physics. Compiling takes about half a minute and needs a C++ compiler; auto compiles on the CPU if a run has
+    at least 300,000 control steps (environment steps / parallel environments). The last bits of results then differ."""
     backend: Literal["local", "ray"] = "local"
     """This machine, or a Ray cluster."""
     worker_kind: Literal["engine", "classic"] = "engine"

@@ -238,6 +238,7 @@ def _center(options: CompareBench) -> _Center:
         "generations": 2**31,
         "env_steps": None,
         "slots": None,
+        "compile": "off",  # the time that physics takes can only be measured beside a policy that is not compiled with it
         "threads": None,
     }
     if options.run_dir is None:

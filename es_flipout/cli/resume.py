@@ -65,6 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.device is not None:
         # Where physics runs, and how many environments fit there, was decided for the device before.
         changes |= {"physics": "auto"} | ({"slots": None} if saved.compute.physics == "gpu" else {})
+        if options.device != saved.compute.device:
+            changes |= {"compile": "auto"}
     goes_on = options.generations is not None or options.env_steps is not None
     if goes_on:
         changes |= dataclasses.asdict(saved.schedule.extended(options.generations, options.env_steps))
@@ -85,7 +87,9 @@ def run(arguments: Sequence[str]) -> int:
             if goes_on or options.device is not None:
                 there = trainer.config.compute
                 places = (
-                    {name: getattr(there, name) for name in ("device", "physics", "slots")} if options.device else {}
+                    {name: getattr(there, name) for name in ("device", "physics", "slots", "compile")}
+                    if options.device
+                    else {}
                 )
                 lasting = saved.replace(**places, **dataclasses.asdict(config.schedule))
                 write_config(options.run_dir, lasting)

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from es_flipout.errors import UserError
 from es_flipout.kernels import Activation
@@ -22,7 +23,8 @@ def tanh(x: Tensor) -> Tensor:
 
     Neither NumPy's nor torch's result depends on a number's memory alignment, unlike some of torch's activations.
     """
-    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # pyright: ignore[reportPrivateImportUsage]
+    exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # pyright: ignore[reportPrivateImportUsage]
+    traced = exported or is_in_torch_dispatch_mode()  # which records operations of torch only
     if torch.is_grad_enabled() or traced or x.dtype != torch.float32 or x.device.type != "cpu":
         return torch.tanh(x)
     try:

@@ -22,6 +22,7 @@ from es_flipout.envs.native import NativeBatchEnv
 from es_flipout.envs.observed import ObservedBatchEnv
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
 from es_flipout.policies.agent import Agent
+from es_flipout.rollout.compiled import CompiledPlayer, tile_slots
 from es_flipout.rollout.device import DeviceEnv, LaunchOptions
 from es_flipout.rollout.device_player import DevicePlayer
 from es_flipout.rollout.players import LocalPlayer, Player
@@ -51,7 +52,8 @@ def build(config: TrainConfig, say: Say | None = None, wrap_env: WrapEnv | None 
     Args:
         config: configuration of the run.
         say: called with one-line messages for the user.
-        wrap_env: applied to every batch of environments on the CPU, for example to time it.
+        wrap_env: applied to every batch of environments on the CPU, for example to time it (not where the control
+            step is compiled).
 
     Raises:
         UserError: a space, a policy or a value is not supported.
@@ -66,13 +68,16 @@ def build(config: TrainConfig, say: Say | None = None, wrap_env: WrapEnv | None 
 
 def local_player(config: TrainConfig, slots: int, wrap_env: WrapEnv | None = None) -> tuple[Agent, LocalPlayer]:
     """Create an agent, and a player for it whose environments are stepped on the CPU."""
-    envs = make_lanes(config, slots)
+    compiled = steps_compiled(config)
+    envs = _make_tiles(config, slots) if compiled else make_lanes(config, slots)
     try:
         agent = make_agent(config, envs[0])
     except BaseException:
         for env in envs:
             env.close()
         raise
+    if compiled:
+        return agent, CompiledPlayer(agent, envs, config.compute.threads or usable_cores())
     return agent, LocalPlayer(agent, envs if wrap_env is None else [wrap_env(env) for env in envs])
 
 
@@ -169,7 +174,14 @@ def row_block_of(config: TrainConfig, module: nn.Module) -> int | None:
     if compute.row_block is not None or compute.physics == "gpu":
         return compute.row_block
     slots = slots_for(config)
+    if steps_compiled(config):
+        return tile_slots(config.strategy.population_size * config.task.episodes)
     return slots if compute.device == "cuda" else row_block_for(module, slots)
+
+
+def steps_compiled(config: TrainConfig) -> bool:
+    """Return whether the control step is compiled on the CPU."""
+    return config.compute.compile == "on" and config.compute.device == "cpu" and backend_of(config) == "torch"
 
 
 def slots_for(config: TrainConfig) -> int:
@@ -188,6 +200,16 @@ def make_one_env(config: TrainConfig) -> BatchEnv:
     """Create one environment on the CPU."""
     task = config.task
     return make_env(task.env_id, 1, observed=task.observed, **task.parsed_env_kwargs())
+
+
+def _make_tiles(config: TrainConfig, slots: int) -> list[BatchEnv]:
+    """Create the environments of a compiled rollout: batches of one size, with at least ``slots`` slots together."""
+    task = config.task
+    size = tile_slots(config.strategy.population_size * task.episodes)
+    return [
+        make_env(task.env_id, size, observed=task.observed, **task.parsed_env_kwargs())
+        for _ in range(-(-slots // size))
+    ]
 
 
 def make_lanes(config: TrainConfig, slots: int) -> list[BatchEnv]:

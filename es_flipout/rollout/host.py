@@ -106,11 +106,11 @@ def run(
             raise ValueError("seeds are needed (pass Episodes) unless the population is a Population")
         episodes = Episodes(start_seeds(population, episodes), moment_jobs=MOMENT_JOBS)
     episodes.check(population.size)
-    jobs = _Jobs(episodes, envs[0])
+    jobs = Jobs(episodes, envs[0])
     norm = observation_norm if observation_norm is not None else Identity()
     actions = action_map if action_map is not None else ActionMap(envs[0].action_space)
     own_actions = copy.copy(actions).to(population.device)  # the caller's map is not moved
-    lanes = [_Lane(e, population, jobs, norm, own_actions) for e in envs]
+    lanes = [Lane(e, population, jobs, norm, own_actions) for e in envs]
     if len(lanes) == 1:
         _run_alone(lanes[0], should_stop)
     else:
@@ -118,14 +118,14 @@ def run(
     return Rollout.of(jobs.results(), envs[0].alive_bonus if episodes.remove_alive_bonus else 0.0)
 
 
-def _run_alone(lane: _Lane, should_stop: ShouldStop | None) -> None:
+def _run_alone(lane: Lane, should_stop: ShouldStop | None) -> None:
     while lane.any_live:
         if should_stop is not None and should_stop():
             raise RolloutInterrupted
         lane.absorb(*lane.env.step(lane.act(), lane.live_mask))
 
 
-def _run_overlapped(lanes: list[_Lane], should_stop: ShouldStop | None) -> None:
+def _run_overlapped(lanes: list[Lane], should_stop: ShouldStop | None) -> None:
     """Step every lane in its own thread; this thread serves the lanes in turn, so the order is fixed."""
     steppers = [_Stepper(lane) for lane in lanes if lane.any_live]
     try:
@@ -148,7 +148,7 @@ def _run_overlapped(lanes: list[_Lane], should_stop: ShouldStop | None) -> None:
 class _Stepper:
     """Steps the environments of one lane in a thread. Uses plain queues: a future costs as much as a small network."""
 
-    def __init__(self, lane: _Lane) -> None:
+    def __init__(self, lane: Lane) -> None:
         self.lane = lane
         self._todo: SimpleQueue[Tensor | None] = SimpleQueue()
         self._done: SimpleQueue[_Outcome | BaseException] = SimpleQueue()
@@ -179,7 +179,7 @@ class _Stepper:
                 self._done.put(error)
 
 
-class _Jobs:
+class Jobs:
     """The queue of episodes, and the result of each."""
 
     def __init__(self, episodes: Episodes, env: BatchEnv) -> None:
@@ -203,9 +203,11 @@ class _Jobs:
         return torch.arange(first, self.next)
 
     def member_of(self, jobs: Tensor) -> Tensor:
+        """Return the members that play jobs."""
         return jobs // self.episodes.count
 
     def results(self) -> JobResults:
+        """Return the results of all jobs, once they are played."""
         shape = self.episodes.seeds.shape
         ends = None if self.segments is None else self.segments.ends()
         returns, lengths = self.returns.view(shape), self.lengths.view(shape)
@@ -236,14 +238,14 @@ class _SegmentJobs:
         return Ends(self._states.view(*self._shape, -1), self._running.view(self._shape))
 
 
-class _Lane:
+class Lane:
     """One batch of environments and the jobs in its slots."""
 
     def __init__(
         self,
         env: BatchEnv,
         population: PopulationLike,
-        jobs: _Jobs,
+        jobs: Jobs,
         norm: Callable[[Tensor], Tensor],
         actions: ActionMap,
     ) -> None:
@@ -345,9 +347,10 @@ class _Lane:
         over = terminated.numpy() | truncated.numpy()
         done = over if self.cap is None else over | (self.live.numpy() & (elapsed >= self.cap))
         if np.count_nonzero(done):
-            self._end(torch.from_numpy(done.nonzero()[0]), torch.from_numpy(over))
+            self.end(torch.from_numpy(done.nonzero()[0]), torch.from_numpy(over))
 
-    def _end(self, slots: Tensor, over: Tensor) -> None:
+    def end(self, slots: Tensor, over: Tensor) -> None:
+        """Record the episodes of ``slots``, which ended (``over`` by themselves), and start the next jobs there."""
         jobs, ended = self.jobs, self.job[slots]
         if jobs.segments is not None:
             assert isinstance(self.env, NativeBatchEnv | ObservedBatchEnv)
@@ -365,5 +368,9 @@ class _Lane:
             # While there are jobs, every slot has one, so rows are slots here.
             assert self.rows is None
             self.policy.replace(started, self.jobs.member_of(self.job[started]).to(self.population.device))
+        self._compact()
+
+    def _compact(self) -> None:
+        """Lay out the rows again if half of them are dead."""
         if self.any_live and 2 * int(self.live.sum()) <= self.num_rows:
             self._lay_out()

@@ -11,7 +11,7 @@ from torch import Tensor
 def stored_bytes(*roots: object) -> int:
     """Return the bytes of all torch, NumPy and warp arrays reachable from ``roots``; shared memory is counted once."""
     places: dict[int, int] = {}
-    for item in _reachable(roots):
+    for item in reachable(roots):
         place, size = _place(item)
         places[place] = max(size, places.get(place, 0))
     places.pop(0, None)
@@ -35,7 +35,8 @@ def _place(item: object) -> tuple[int, int]:
     return 0, 0
 
 
-def _reachable(roots: Sequence[object]) -> Iterator[object]:
+def reachable(roots: Sequence[object]) -> Iterator[object]:
+    """Iterate over everything that objects refer to; for objects built alike, in the same order."""
     seen: set[int] = set()
     waiting = list(roots)
     while waiting:

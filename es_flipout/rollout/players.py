@@ -45,6 +45,13 @@ class Player(ABC):
             EnvironmentFailureError: the environment's own code raised an exception.
         """
 
+    def prepare(self, population: Population, episodes: Episodes) -> None:  # noqa: B027 (most players need not)
+        """Compile what plays such populations and episodes, where it is compiled; nothing is played.
+
+        Raises:
+            es_flipout.rollout.compiled.CompilationError: that is not possible on this machine.
+        """
+
     def draw_ahead(self, seeds: Callable[[], Tensor]) -> None:  # noqa: B027 (most players need not)
         """Begin to draw the start states of a later request, where that saves time.
 

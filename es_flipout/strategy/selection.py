@@ -53,6 +53,10 @@ class Selection:
             here = slice(number * block, (number + 1) * block)
             rows.put_where(padded(mask[here], block), padded(members[here], block))
 
+    def read(self) -> tuple[object, ...]:
+        """Return the objects whose tensors a forward reads, in an order that is the same for all selections."""
+        return tuple(block.weights for block in self._blocks)
+
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Any:
         """Compute :meth:`Population.__call__` for the selected members: ``(n, ..., in)`` to ``(n, ..., out)``.
@@ -79,30 +83,31 @@ class _Block:
 
     Attributes:
         leaves: every layer of the twin, with its weights.
+        weights: the weights by the names of the parameters.
         size: number of rows.
     """
 
     def __init__(self, perturbed: Perturbed, members: Tensor) -> None:
         self.size = len(members)
-        self._weights = {name: Weight(p, p.select(members)) for name, p in perturbed.perturbations.items()}
+        self.weights = {name: Weight(p, p.select(members)) for name, p in perturbed.perturbations.items()}
         self.leaves = [
-            (leaf, {own: self._weights[name] for own, name in names.items()})
+            (leaf, {own: self.weights[name] for own, name in names.items()})
             for leaf, names in perturbed.conversion.leaves.items()
         ]
 
     def put(self, rows: Tensor, members: Tensor) -> None:
         """Assign ``members`` ``(k,)`` to ``rows`` ``(k,)``."""
-        for perturbation, own in self._weights.values():
+        for perturbation, own in self.weights.values():
             own.put(rows, perturbation.select(members))
 
     def put_where(self, mask: Tensor, members: Tensor) -> None:
         """Assign ``members`` to the rows where ``mask`` is true; both ``(n,)``."""
-        for perturbation, own in self._weights.values():
+        for perturbation, own in self.weights.values():
             own.put_where(mask, perturbation.select(members))
 
     def values(self, name: str) -> Tensor:
         """Return a parameter of the rows' members, ``(n, *shape)``."""
-        return self._weights[name].values()
+        return self.weights[name].values()
 
 
 def _member_by_member(conversion: Conversion, block: _Block, inputs: tuple[Any, ...]) -> Any:

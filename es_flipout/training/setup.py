@@ -13,8 +13,9 @@ from es_flipout.config import TrainConfig
 from es_flipout.envs import register_factory
 from es_flipout.envs.factory import Factory
 from es_flipout.errors import UserError
-from es_flipout.rollout.builder import Parts, Say, backend_of, build
-from es_flipout.rollout.placement import place
+from es_flipout.rollout.builder import Parts, Say, backend_of, build, steps_compiled
+from es_flipout.rollout.compiled import CompilationError
+from es_flipout.rollout.placement import place, with_compilation
 from es_flipout.rollout.plan import require_memory
 from es_flipout.rollout.players import LocalPlayer, Player
 from es_flipout.training.checkpoint import checkpoints, load_checkpoint
@@ -74,12 +75,27 @@ def make_trainer(
     trackers = {} if run_dir is None else {name: make_tracker(name) for name in config.logging.track}
     # Small layers stall with more than one intra-op thread, and the other cores are needed for physics.
     torch.set_num_threads(1)
-    config = place(config, reporter.say)
+    requested = config.compute.compile
+    config = with_compilation(place(config, reporter.say))
     require_memory(config)
-    parts = build(config, reporter.say)
-    for warning in [*_ineffective(config), *_of_images(config, parts.player), *parts.player.warnings]:
+    tracking = Tracking(trackers, reporter.say)
+    trainer = Trainer(config, build(config, reporter.say), run_dir, reporter, tracking)
+    if steps_compiled(config):
+        reporter.say(
+            f"compiling the control step of {config.task.env_id}, which takes about half a minute the first time"
+        )
+        try:
+            trainer.prepare()
+        except CompilationError as error:
+            trainer.close()
+            if requested == "on":
+                raise UserError(f"{config.task.env_id} cannot be compiled: {error}; use --compile off") from error
+            reporter.say(f"going on without compilation, which is not possible here: {error}")
+            config = config.replace(compile="off")
+            trainer = Trainer(config, build(config, reporter.say), run_dir, reporter, tracking)
+    for warning in [*_ineffective(config), *_of_images(config, trainer.player), *trainer.player.warnings]:
         reporter.say(warning)
-    return Trainer(config, parts, run_dir, reporter, Tracking(trackers, reporter.say))
+    return trainer
 
 
 def _ineffective(config: TrainConfig) -> list[str]:

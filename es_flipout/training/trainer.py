@@ -22,6 +22,7 @@ from es_flipout.policies.observation_norm import ObservationNorm
 from es_flipout.randomness import Address, Stream, integers
 from es_flipout.rollout.builder import Parts
 from es_flipout.rollout.episodes import MOMENT_JOBS, Episodes, Rollout, RolloutInterrupted, start_seeds
+from es_flipout.strategy.population import Population
 from es_flipout.strategy.unperturbed import Unperturbed
 from es_flipout.training import run_directory
 from es_flipout.training.checkpoint import Progress, save_checkpoint
@@ -148,30 +149,42 @@ class Trainer:
         strategy.sigma = self.config.strategy.sigma_at(fraction)
         strategy.learning_rate = self.config.strategy.learning_rate_at(fraction)
         population = strategy.ask()
-        task = self.config.task
-        segments = None if task.horizon is None else self.frontier.segments(population, task.episodes)
-
-        def seeds(ahead: int) -> Tensor:
-            return start_seeds(population, task.episodes, common=task.start_states == "generation", ahead=ahead)
-
-        episodes = Episodes(
-            seeds(ahead=0),
-            step_cap=task.horizon or task.episode_cap_at(fraction, self.player.max_episode_steps),
-            remove_alive_bonus=task.remove_alive_bonus,
-            moment_jobs=MOMENT_JOBS if isinstance(self.agent.norm, ObservationNorm) else 0,
-            segments=segments,
-        )
+        episodes = self._episodes(population, fraction)
         asked = time.perf_counter()
-        self.player.draw_ahead(lambda: seeds(ahead=1))
+        self.player.draw_ahead(lambda: self._seeds(population, ahead=1))
         rollout = self.player.play(population, episodes, lambda: self.interrupted)
         played = time.perf_counter()
         strategy.tell(rollout.fitness)
-        if segments is not None and rollout.ends is not None:
-            self.frontier.update(population, segments, rollout.ends, rollout.lengths)
+        if episodes.segments is not None and rollout.ends is not None:
+            self.frontier.update(population, episodes.segments, rollout.ends, rollout.lengths)
         if isinstance(self.agent.norm, ObservationNorm):
             self.agent.norm.update(rollout.moments)
         self.seconds = StageSeconds(asked - began, played - asked, time.perf_counter() - played)
         return rollout
+
+    def prepare(self) -> None:
+        """Compile what the generations need, where the control step is compiled; nothing is played.
+
+        Raises:
+            es_flipout.rollout.compiled.CompilationError: that is not possible on this machine.
+        """
+        population = self.strategy.ask()
+        self.player.prepare(population, self._episodes(population, fraction=0.0))
+
+    def _seeds(self, population: Population, ahead: int = 0) -> Tensor:
+        task = self.config.task
+        return start_seeds(population, task.episodes, common=task.start_states == "generation", ahead=ahead)
+
+    def _episodes(self, population: Population, fraction: float) -> Episodes:
+        """Return the episodes of a generation, at a completed fraction of what changes during the run."""
+        task = self.config.task
+        return Episodes(
+            self._seeds(population),
+            step_cap=task.horizon or task.episode_cap_at(fraction, self.player.max_episode_steps),
+            remove_alive_bonus=task.remove_alive_bonus,
+            moment_jobs=MOMENT_JOBS if isinstance(self.agent.norm, ObservationNorm) else 0,
+            segments=None if task.horizon is None else self.frontier.segments(population, task.episodes),
+        )
 
     def score(self) -> float:
         """Return the mean return of the mean policy over the scoring episodes, whose start states never change."""

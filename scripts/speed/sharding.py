@@ -53,6 +53,7 @@ def rounds_of(env_id: str, population: int, options: argparse.Namespace) -> repo
         learning_rate=1e-12,
         generations=2**31,
         threads=workers,
+        compile="off",
     )
     ways = {"alone": config, "sharded": config.replace(backend="ray", workers=workers, threads=1)}
     trainers = {name: make_trainer(way) for name, way in ways.items()}
