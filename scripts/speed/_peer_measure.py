@@ -10,16 +10,23 @@ SECONDS. Runs with the Python that has the engine (see ``peers.py``), so it impo
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 RATE = 1e-9
 SIGMA = 0.03
 HIDDEN = (64, 64)
 ARS_CANDIDATES = 64
+LEARNING_RATE, MOST_GENERATIONS, ENOUGH = (
+    0.05,
+    300,
+    0.95,
+)  # of the training before a measurement around a trained policy
 
 Counts = dict[str, float]  # env_steps, seconds and more
 
@@ -119,8 +126,11 @@ def ars(policy: str, env_id: str, population: int, seconds: float, cores: int) -
     return {"env_steps": after - before, "seconds": end - start, "generations": len(clock.notes) - 1}
 
 
-def evosax(env_id: str, population: int, seconds: float, cores: int) -> Counts:
-    """JAX compiles all of evosax on gymnax; its rollout goes on after episodes have ended, so both counts are given."""
+def evosax(trained: bool, env_id: str, population: int, seconds: float, cores: int) -> Counts:
+    """JAX compiles all of evosax on gymnax; its rollout goes on after episodes have ended, so both counts are given.
+
+    ``trained``: its own strategy first learns until the members play 95 % of the longest possible episodes.
+    """
     import jax
     import optax
     from evosax.algorithms import Open_ES
@@ -131,7 +141,11 @@ def evosax(env_id: str, population: int, seconds: float, cores: int) -> Counts:
     problem = GymnaxProblem(env_name=env_id, policy=policy)
     key = jax.random.key(0)
     solution = policy.init(key, jax.numpy.zeros(problem.observation_shape), key)
-    strategy = Open_ES(population, solution, optimizer=optax.adam(RATE), std_schedule=optax.constant_schedule(SIGMA))
+
+    def strategy_with(rate: float) -> Open_ES:
+        return Open_ES(population, solution, optimizer=optax.adam(rate), std_schedule=optax.constant_schedule(SIGMA))
+
+    strategy = strategy_with(LEARNING_RATE if trained else RATE)
     params = strategy.default_params
     state, problem_state = strategy.init(key, solution, params), problem.init(key)
     live = 0.0
@@ -145,13 +159,23 @@ def evosax(env_id: str, population: int, seconds: float, cores: int) -> Counts:
         live += float(fitness.sum())  # each live step of CartPole pays 1
         return live
 
-    counts = generations(step, seconds)
     steps_of_one = population * problem.episode_length
+    if trained:
+        for _ in range(MOST_GENERATIONS):
+            if -live + step() >= ENOUGH * steps_of_one:
+                break
+        strategy = strategy_with(RATE)
+        state = strategy.init(key, strategy.get_mean(state), params)
+        live = 0.0
+    counts = generations(step, seconds)
     return counts | {"computed_steps": counts["generations"] * steps_of_one}
 
 
-def ours(classic: bool, env_id: str, population: int, seconds: float, cores: int) -> Counts:
-    """This engine, or its classic workers on Ray."""
+def ours(kind: str, env_id: str, population: int, seconds: float, cores: int, trained: bool = False) -> Counts:
+    """This engine (``kind`` is the value of ``--compile``), or its classic workers on Ray (``kind`` is classic).
+
+    ``trained``: around a policy that the engine learned before the measurement.
+    """
     from es_flipout.bench.classic.player import build_classic
     from es_flipout.config import TrainConfig
     from es_flipout.training.setup import build_engine, make_trainer
@@ -163,9 +187,17 @@ def ours(classic: bool, env_id: str, population: int, seconds: float, cores: int
         sigma=SIGMA,
         learning_rate=RATE,
         generations=2**31,
-        **({"backend": "ray", "worker_kind": "classic", "workers": cores} if classic else {"threads": cores}),
+        **(
+            {"backend": "ray", "worker_kind": "classic", "workers": cores}
+            if kind == "classic"
+            else {"threads": cores, "compile": kind}
+        ),
     )
-    trainer, total = make_trainer(config, build=build_classic if classic else build_engine), 0
+    trainer, total = make_trainer(config, build=build_classic if kind == "classic" else build_engine), 0
+    if trained:
+        module, norm = learned(env_id)
+        trainer.strategy.load_state_dict({**trainer.strategy.state_dict(), "module": module})
+        trainer.agent.norm.load_state_dict(norm.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
 
     def step() -> float:
         nonlocal total
@@ -178,20 +210,49 @@ def ours(classic: bool, env_id: str, population: int, seconds: float, cores: int
         trainer.close()
 
 
+def learned(env_id: str) -> tuple[dict[str, Any], Any]:
+    """Train a policy until its members play 95 % of the longest possible episodes; return it and its normalization."""
+    from es_flipout.config import TrainConfig
+    from es_flipout.training.setup import make_trainer
+
+    config = TrainConfig.of(
+        env_id,
+        population_size=64,
+        hidden=HIDDEN,
+        sigma=0.1,
+        learning_rate=LEARNING_RATE,
+        generations=MOST_GENERATIONS,
+        device="cpu",
+        compile="off",
+    )
+    teacher = make_trainer(config)
+    for _ in range(MOST_GENERATIONS):
+        rollout = teacher.generation()
+        if rollout.lengths.double().mean() >= ENOUGH * (teacher.player.max_episode_steps or 1):
+            break
+    teacher.close()
+    return teacher.strategy.mean_module().state_dict(), teacher.agent.norm
+
+
 PACKAGES = ("es-flipout", "evotorch", "sb3-contrib", "evosax", "gymnax", "jax", "torch", "gymnasium", "mujoco", "ray")
 MEASURES: dict[str, Callable[[str, int, float, int], Counts]] = {
-    "es_flipout": partial(ours, False),
-    "es_flipout_classic_ray": partial(ours, True),
+    "es_flipout": partial(ours, "off"),
+    "es_flipout_classic_ray": partial(ours, "classic"),
+    "trained_eager": partial(ours, "off", trained=True),
+    "trained_compiled": partial(ours, "on", trained=True),
+    "trained_classic": partial(ours, "classic", trained=True),
+    "trained_evosax": partial(evosax, True),
     "evotorch": evotorch,
     "ars_linear": partial(ars, "LinearPolicy"),
     "ars_mlp": partial(ars, "MlpPolicy"),
-    "evosax": evosax,
+    "evosax": partial(evosax, False),
 }
 
 
 def main() -> None:
     """Measure, and print the counts and the versions that made them."""
     name, env_id, population, seconds, cores = sys.argv[1:]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])  # also for threads and processes of its own
     counts = MEASURES[name](env_id, int(population), float(seconds), int(cores))
     found = {}
     for package in PACKAGES:
