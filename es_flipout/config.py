@@ -27,6 +27,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "task": {"horizon": None},
     "strategy": {"shaping": "ranks"},
     "schedule": {"anneal_generations": None, "anneal_env_steps": None, "starts": 1, "start_fraction": 0.05},
+    "compute": {"compile": "off"},
     "logging": {"track": ["tensorboard"]},
 }
 

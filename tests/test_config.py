@@ -189,7 +189,16 @@ def with_changes(subject: str, **changes: Any) -> str:
 
 
 def test_a_configuration_from_before_a_field_existed_is_what_such_a_run_did() -> None:
-    later = ("horizon", "shaping", "anneal_generations", "anneal_env_steps", "starts", "start_fraction", "track")
+    later = (
+        "horizon",
+        "shaping",
+        "anneal_generations",
+        "anneal_env_steps",
+        "starts",
+        "start_fraction",
+        "compile",
+        "track",
+    )
     for name in later:
         values = json.loads(OTHER.to_json())
         subject, field = PLACES[name]
