@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    with stop_on_signals(raise_stopped, at_the_end=argv is None):
+    with stop_on_signals(raise_stopped, at_the_end=argv is None) as signals:
         try:
             return _run(arguments)
         except BrokenPipeError:  # the reader, such as head, closed the pipe
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if with_traceback:
                 traceback.print_exception(error)
             print(f"error: {' '.join(line.split())}", file=sys.stderr)
-            return 2
+            return 2 if signals.number is None else 128 + signals.number
 
 
 def _run(arguments: list[str]) -> int:
