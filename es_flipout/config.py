@@ -323,7 +323,7 @@ class Compute:
     compile: Literal["auto", "on", "off"] = "auto"
     """Use torch.compile: on the CPU for the control step of environments written in torch, on a GPU for what surrounds
     MuJoCo's physics. Compiling takes about half a minute and needs a C++ compiler; auto compiles on the CPU if a run has
-    at least 300,000 control steps (environment steps / parallel environments). The last bits of results then differ."""
+    at least 100,000 control steps (environment steps / parallel environments). The last bits of results then differ."""
     backend: Literal["local", "ray"] = "local"
     """This machine, or a Ray cluster."""
     worker_kind: Literal["engine", "classic"] = "engine"

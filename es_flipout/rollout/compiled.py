@@ -36,6 +36,7 @@ from es_flipout.strategy.population import Population
 from es_flipout.strategy.selection import Selection
 from es_flipout.strategy.unperturbed import Unperturbed
 
+_STEPS = 4  # of a call, which costs two thirds of a step in Python, under the lock; they are compiled one by one
 _POLL_S = 0.02  # between two questions whether to stop, while this thread has no tile left
 _MOST_SLOTS = 256  # of a tile
 _STEP_OF_SLOTS = 32  # a multiple of the width of a vector, so that no slot is computed alone
@@ -88,7 +89,7 @@ class _Tile(Lane):
         """Do nothing: the rows are fixed."""
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that :meth:`step` may use, each once, in an order that is the same for all tiles."""
+        """Return the tensors that :meth:`steps` may use, each once, in an order that is the same for all tiles."""
         own = (self.memory, self.state, self.live, self.elapsed, self.returns, self.caps, self.over, self.done)
         sums = (self.total, self.squares) if self.jobs.observed else ()
         assert isinstance(self.policy, Selection)
@@ -96,9 +97,18 @@ class _Tile(Lane):
         return list({id(x): x for x in reachable(roots) if isinstance(x, Tensor)}.values())
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Run one control step of all slots; dead ones are masked. No value decides what is computed."""
-        obs, live = self.memory, self.live
+    def steps(self) -> None:
+        """Run control steps of all slots; those whose episode ends are masked from then on. No value decides what is computed."""
+        diverged = torch.zeros_like(self.done)
+        self.over.zero_()
+        self.done.zero_()
+        for _ in range(_STEPS):
+            self._step(self.live & ~self.done)
+            diverged |= self.env.diverged
+        self.env.diverged.copy_(diverged)
+
+    def _step(self, live: Tensor) -> None:
+        obs = self.memory
         if self.jobs.observed:
             shown = torch.where(live[:, None], obs, 0)
             self.total += shown
@@ -106,16 +116,16 @@ class _Tile(Lane):
         output = self.policy(self.norm(obs), *(() if self.state is None else (self.state,)))
         if self.state is not None:
             output, after = output
-            self.state.copy_(after)
+            self.state.copy_(torch.where(live[(..., *[None] * (after.ndim - 1))], after, self.state))
         new, reward, terminated, truncated = self.env.step(self.actions(output), live)
         obs.copy_(new)
         self.returns += reward
         self.elapsed += live
-        self.over.copy_(terminated | truncated)
-        self.done.copy_(self.over | (live & (self.elapsed >= self.caps)))
+        self.over |= terminated | truncated
+        self.done |= self.over | (live & (self.elapsed >= self.caps))
 
     def finish(self, lock: threading.Lock) -> None:
-        """Record the episodes that ended in the last step, and start the next jobs in their slots."""
+        """Record the episodes that ended in the last steps, and start the next jobs in their slots."""
         done = self.done.numpy()
         if np.count_nonzero(done):
             with lock:
@@ -141,7 +151,7 @@ class _Program:
     @torch.no_grad()
     def _compile(self, tile: _Tile) -> None:
         tensors = tile.tensors()
-        graph = make_fx(lambda *_: tile.step())(*tensors)
+        graph = make_fx(lambda *_: tile.steps())(*tensors)
         self._used = _without_unused(graph)
         self._call = torch.compile(graph, fullgraph=True, dynamic=False, options=_OPTIONS)
         self._call(*self.arguments(tile))

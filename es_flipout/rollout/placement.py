@@ -23,9 +23,9 @@ from es_flipout.rollout.plan import device_slots
 
 _SECONDS = 1.5  # approximate duration of one measurement
 _TRIAL_STEPS = 16  # steps per episode in the trial that determines how many steps fill that time
-# Compiled, a control step of CartPole takes a few tenths of a millisecond less: as many save more than a minute, and
-# compiling takes 15 to 50 s.
-LEAST_CONTROL_STEPS = 300_000
+# Compiled, a control step takes .2 ms (8 members) to .45 ms (512) less: as many save 20 to 45 s, and compiling takes 10
+# to 30 s (results/LOG.md).
+LEAST_CONTROL_STEPS = 100_000
 
 
 class Placement(NamedTuple):

@@ -329,6 +329,7 @@ def test_compiled_parts_change_no_bit_and_move_nothing(monkeypatch: pytest.Monke
     expected = run(population, chaos(4), Episodes(seeds, moment_jobs=MOMENT_JOBS))
     options = LaunchOptions(3, compiled=True)
     player = DevicePlayer(agent_of(chaos(1)), partial(chaos, kind=ChaosInParts), 3, launch=options)
+    torch._dynamo.utils.counters.clear()
     assert same(play(player, population, seeds), expected)
     (rollout,) = player._rollouts.values()
     before = addresses(rollout)
