@@ -203,7 +203,7 @@ def test_a_configuration_from_before_a_field_existed_is_what_such_a_run_did() ->
         values = json.loads(OTHER.to_json())
         subject, field = PLACES[name]
         del values[subject][field]
-        default = TrainConfig.of("Any-v0").flat()[name]
+        default = "off" if name == "compile" else TrainConfig.of("Any-v0").flat()[name]
         assert TrainConfig.from_json(json.dumps(values)) == OTHER.replace(**{name: default})
     for name in set(PLACES) - {*later}:
         values = json.loads(OTHER.to_json())

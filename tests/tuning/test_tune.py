@@ -71,7 +71,7 @@ def test_a_search_ends_with_a_preset_that_can_be_trained(tmp_path: Path, capsys:
     train = ["train", "--preset", str(folder / "preset.json"), "--device=cpu", "--evaluation-episodes=2"]
     assert cli.main([*train, "--run-dir", str(run_dir)]) == 0
     trained = TrainConfig.from_json((run_dir / "config.json").read_text(encoding="utf-8"))
-    assert trained.replace(device="auto", physics="auto") == found.replace(evaluation_episodes=2)
+    assert trained.replace(device="auto", physics="auto", compile="auto") == found.replace(evaluation_episodes=2)
 
     # The same command again has nothing to do, and says the same; more trials go on from there.
     capsys.readouterr()
