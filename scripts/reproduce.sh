@@ -47,6 +47,7 @@ run compare scripts/speed/compare.py --env-ids HalfCheetah-v5 Hopper-v5 Walker2d
 run paper_update_time scripts/paper/update_time.py --rounds 2 --batch 32                 # 5: seconds, and a warm-up
 run peers scripts/speed/peers.py --venv "${TMPDIR:-/tmp}/es_flipout_peers" --env-ids HalfCheetah-v5 \
     --engines es_flipout es_flipout_classic_ray evotorch ars_linear --rounds 1 --seconds 5 # 4: seconds, and a warm-up; 1.5 GB to install
+run cartpole scripts/speed/cartpole.py --venv "${TMPDIR:-/tmp}/es_flipout_evosax" # 12: measured
 run scaling scripts/speed/scaling.py --tasks HalfCheetah-v5                              # 3: estimate
 if [[ (-z $only || $only == occupancy) && ! -d $humanoid ]]; then
     "$PYTHON" -m es_flipout train Humanoid-v5 --run-dir "$humanoid" --policy linear --population-size 96 --sigma .03 --learning-rate .03 \

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/table.md"))
 SCRIPTS = {
     "against_rl": "learning.against_rl",
+    "cartpole": "speed.cartpole",
     "compare": "speed.compare",
     "exported": "learning.exported",
     "families": "learning.families",
@@ -44,7 +45,7 @@ def test_rendered_again(folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / folder.name
     shutil.copytree(folder, out)
     (out / "table.md").unlink()
-    script = importlib.import_module(f"scripts.{SCRIPTS[re.split('_epyc|_sm90', folder.name)[0]]}")
+    script = importlib.import_module(f"scripts.{SCRIPTS[re.split('_epyc|_xeon|_sm90', folder.name)[0]]}")
     monkeypatch.setattr(sys, "argv", ["script.py", "--out", str(out), "--render"])
     script.main()
     for path in (*folder.glob("*.md"), *folder.glob("*.csv"), *folder.glob("*.json")):
