@@ -22,14 +22,14 @@ import es_flipout
 from es_flipout import schema
 from es_flipout.errors import UserError
 
-# Fields that this format of config.json got later, by subject, with what all runs did before: a file may be without them.
-_BEFORE: dict[str, dict[str, Any]] = {
+LATER_FIELDS: dict[str, dict[str, Any]] = {
     "task": {"horizon": None},
     "strategy": {"shaping": "ranks"},
     "schedule": {"anneal_generations": None, "anneal_env_steps": None, "starts": 1, "start_fraction": 0.05},
     "compute": {"compile": "off"},
     "logging": {"track": ["tensorboard"]},
 }
+"""Fields that the format of config.json got later, by subject, with what all runs did before: a file may be without them."""
 
 _NOT_ENV_KWARGS = frozenset({"env_id", "id", "num_envs", "threads", "device", "vectorization_mode", "observed"})
 
@@ -477,7 +477,7 @@ class TrainConfig:
             values = schema.load_object(text)
             version = values.pop("version", None)
             schema.expect(values, cls.SUBJECTS)
-            for subject, before in _BEFORE.items():
+            for subject, before in LATER_FIELDS.items():
                 if isinstance(values[subject], dict):
                     values[subject] = {**before, **values[subject]}
             return cls(

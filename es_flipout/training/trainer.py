@@ -283,7 +283,8 @@ class Trainer:
         for name, value in parts["optimizer"].items():
             index, _, key = name.partition(".")
             slots.setdefault(index, set()).add(key)
-            if value.dtype != torch.float32 or value.shape not in (sizes[int(index)], torch.Size()):
+            shape = torch.Size() if key == "step" else sizes[int(index)]
+            if value.dtype != torch.float32 or value.shape != shape:
                 raise ValueError(f"optimizer.{name} is of shape {tuple(value.shape)} and {value.dtype}")
         if len({frozenset(keys) for keys in slots.values()}) > 1 or len(slots) not in (0, len(sizes)):
             raise ValueError("tensors of the optimizer are missing or unknown")

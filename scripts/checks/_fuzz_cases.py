@@ -22,7 +22,7 @@ import torch
 from hypothesis import strategies as st
 
 from es_flipout import cli
-from es_flipout.config import PLACES
+from es_flipout.config import LATER_FIELDS, PLACES
 from es_flipout.training.checkpoint import load_tensors, save_tensors
 from es_flipout.training.run_directory import read_config
 from es_flipout.tuning.result import preset_json
@@ -131,7 +131,7 @@ def _change_json(path: Path, way: str, chosen: int, value: Any) -> bool:
     inner = values
     for key in before:
         inner = inner[key]
-    optional = last in ("version",)
+    optional = last == "version" or any(last in fields for fields in LATER_FIELDS.values())
     if way == "deleted":
         del inner[last]
         must = not (optional or preset)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from es_flipout import cli
+from es_flipout.training.checkpoint import load_tensors, save_tensors
 
 
 @pytest.mark.parametrize("command", ["resume", "evaluate"])
@@ -90,6 +92,15 @@ def test_a_damaged_checkpoint(refused: Any, run_dir: Path, kind: str, line: str)
         shutil.rmtree(run_dir / "checkpoints")
     said = refused("resume", run_dir)
     assert re.search(line, said), said
+
+
+def test_a_tensor_of_another_shape_with_a_valid_checksum(refused: Any, run_dir: Path) -> None:
+    path = run_dir / "checkpoints" / "generation_000003.safetensors"
+    steps = {name: torch.zeros(2) for name in load_tensors(path) if name.endswith(".step")}  # 2: size of the last layer
+    digest = save_tensors(path, load_tensors(path) | steps)
+    meta = path.with_suffix(".json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"sha256": digest}), encoding="utf-8")
+    assert re.search(r"optimizer\.\d\.step is of shape \(2,\)", refused("resume", run_dir))
 
 
 def test_the_checkpoint_before_a_damaged_one_goes_on(
