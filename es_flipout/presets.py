@@ -214,11 +214,39 @@ def _hopper(env_id: str) -> TrainConfig:
 
 
 def _walker(env_id: str) -> TrainConfig:
-    return TrainConfig.of(env_id, env_steps=40_000_000, population_size=100, **_CLIPUP)
+    return TrainConfig.of(env_id, env_steps=10_000_000, population_size=100, **_CLIPUP)
 
 
 def _large(env_id: str) -> TrainConfig:
     return TrainConfig.of(env_id, env_steps=100_000_000, population_size=512, sigma=0.02, learning_rate=0.01)
+
+
+def _mountain_car(env_id: str) -> TrainConfig:
+    return TrainConfig.of(
+        env_id,
+        env_steps=1_000_000,
+        population_size=64,
+        sigma=0.3,
+        learning_rate=0.1,
+        learning_rate_final=0.01,
+        hidden=(16,),
+        score_every=2,
+    )
+
+
+def _reacher(env_id: str) -> TrainConfig:
+    # Found by es-flipout tune: the score depends on precision, so steps and perturbations are small.
+    return TrainConfig.of(
+        env_id,
+        env_steps=1_000_000,
+        shaping="differences",
+        population_size=64,
+        sigma=0.0127,
+        sigma_final=0.0075,
+        learning_rate=0.0047,
+        learning_rate_final=0.0009,
+        weight_decay=0.1,
+    )
 
 
 def _lunar_lander(env_id: str) -> TrainConfig:
@@ -242,10 +270,12 @@ _PRESETS = {
     "CartPole-v1": _cartpole,
     "Pendulum-v1": _pendulum,
     "Acrobot-v1": _acrobot,
+    "MountainCar-v0": _mountain_car,
     "MountainCarContinuous-v0": _mountain_car_continuous,
     "InvertedPendulum-v5": _inverted_pendulum,
     "InvertedDoublePendulum-v5": _inverted_double_pendulum,
     "Swimmer-v5": _swimmer,
+    "Reacher-v5": _reacher,
     "HalfCheetah-v5": _half_cheetah,
     "Hopper-v5": _hopper,
     "Walker2d-v5": _walker,
