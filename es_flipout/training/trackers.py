@@ -89,13 +89,17 @@ class TensorBoard:
         """Open the event file; events of generations that are repeated are dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.generation + 1)
         self._step = run.generation
         self._excepthook = threading.excepthook
-        threading.excepthook = self._in_thread
-        if run.generation == 0:
-            lines = (f"| {name} | {value} |" for name, value in run.config.flat().items())
-            self._board.add_text("config", "\n".join(("| option | value |", "|---|---|", *lines)), 0)
+        threading.excepthook = self._in_thread  # first: the writer may fail as soon as it exists
+        try:
+            self._board = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.generation + 1)
+            if run.generation == 0:
+                lines = (f"| {name} | {value} |" for name, value in run.config.flat().items())
+                self._board.add_text("config", "\n".join(("| option | value |", "|---|---|", *lines)), 0)
+        except BaseException:
+            threading.excepthook = self._excepthook
+            raise
 
     def log(self, metrics: Metrics) -> None:
         """Add a scalar per metric."""

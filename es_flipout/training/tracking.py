@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ class Tracking:
 
         Raises:
             UserError: a tracker could not be started.
+            OSError: the disk is full.
         """
         self._run_dir, path = run_dir, run_dir / _IDS
         ids: dict[str, str] = _read_ids(path)
@@ -43,6 +45,8 @@ class Tracking:
             try:
                 own = tracker.start(TrackedRun(run_dir, config, generation, ids.get(name)))
             except Exception as error:
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise OSError(errno.ENOSPC, error.strerror, error.filename or str(run_dir / name)) from error
                 raise UserError(f"tracker {name} could not be started: {_line(error)}") from error
             self._started[name] = tracker
             if own is not None and own != ids.get(name):

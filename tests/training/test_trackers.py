@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +17,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from es_flipout.cli.session import train_to_the_end
+from es_flipout.cli.session import going_on, train_to_the_end
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
 from es_flipout.training.metrics import COLUMNS, Metrics, Silent
@@ -185,6 +188,19 @@ def test_a_tracker_that_cannot_start_is_one_line(
     trainer = new_run(tmp_path / "run", CONFIG.replace(track=(ME,)))
     with pytest.raises(UserError, match=r"Recording could not be started: RuntimeError: no connection"):
         trainer.train()
+
+
+def test_a_disk_that_is_full_when_a_tracker_starts_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_text", full)
+    run_dir, hook = tmp_path / "run", threading.excepthook
+    trainer = new_run(run_dir, CONFIG.replace(track=("tensorboard",)))
+    full_disk = r"No space left on device: '.*tensorboard'; free some space, .*resume"
+    with pytest.raises(UserError, match=full_disk), going_on(trainer.config, run_dir):
+        train_to_the_end(trainer, run_dir, Console(quiet=True))
+    assert threading.excepthook is hook
 
 
 @pytest.mark.parametrize(
