@@ -102,7 +102,8 @@ def _control_steps(config: TrainConfig) -> float:
     if schedule.generations is not None:
         env = make_one_env(config)
         env.close()
-        estimates.append(schedule.generations * (task.horizon or env.max_episode_steps or 1000) * jobs / slots)
+        steps = min(task.horizon or math.inf, env.max_episode_steps or 1000)
+        estimates.append(schedule.generations * steps * jobs / slots)
     return min(estimates)
 
 

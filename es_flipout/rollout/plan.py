@@ -155,7 +155,7 @@ def require_memory(config: TrainConfig) -> None:
     jobs = max(members * config.task.episodes, config.logging.score_episodes)
     copies = 2 + _OPTIMIZER_COPIES[strategy.optimizer]
     least = _FLOAT * (copies * numbers + noise + slots * obs_dim) + 4 * _DOUBLE * jobs
-    most = _DOUBT * least + _MOST_BYTES_OF_A_SLOT * slots
+    most = _DOUBT * least + _MOST_BYTES_OF_A_SLOT * max(slots, config.compute.row_block or 0)
     if least <= free and most > free and config.compute.backend == "local":
         least = make_plan(config).total
     if least > free:
@@ -272,24 +272,24 @@ class _Model:
         else:
             parts["slots and queue"] = 4 * _DOUBLE * (slots + jobs) + sums + moments
         parts["environments"] = at["environments"]
-        parts["working memory"] = self._working(slots)
+        parts["working memory"] = self._working(max(slots, row_block))  # of a block, whose last rows may be padding
         if self._on_gpu:
             parts["working memory of the physics"] = at["working memory of the physics"]
             parts["CUDA graphs"] = self._step(slots)  # their pool keeps the temporary memory of a step
         return parts
 
-    def _working(self, slots: int) -> int:
+    def _working(self, rows: int) -> int:
         """Return the peak of temporary memory: to draw the noise of the largest parameter, or for a policy forward."""
         strategy = self._config.strategy
         sources = strategy.population_size // (2 if strategy.antithetic else 1)
         dense = strategy.perturbation == "dense"
         drawn = max(p.numel() if dense or p.ndim == 1 else 0 for p in self.module.parameters()) * sources
-        return max(_DRAW_BYTES * drawn, self._step(slots))
+        return max(_DRAW_BYTES * drawn, self._step(rows))
 
-    def _step(self, slots: int) -> int:
-        """Return the temporary memory of a policy forward of all slots."""
+    def _step(self, rows: int) -> int:
+        """Return the temporary memory of a policy forward."""
         widths = self._obs_dim + sum(p.shape[0] for p in self.module.parameters() if p.ndim > 1)
-        return _STEP_BYTES * widths * slots
+        return _STEP_BYTES * widths * rows
 
     def device_slots(self) -> int:
         """See :func:`device_slots`."""

@@ -91,6 +91,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["CartPole-v1", "--hidden", "1000000", "1000000"], r"a policy of 1,000,\d{3},000,002 parameters .* GB"),
         (["CartPole-v1", "--hidden", "1e10", "1e10"], r"hidden \(10000000000, 10000000000\) is too large"),
         (["CartPole-v1", "--population-size", "1e13"], r"10000000000000 members.*needs at least"),
+        (["CartPole-v1", "--row-block", "2147483648"], r"needs at least .* es-flipout plan"),
         (["Hopper-v5", "--slots", "10G"], r"10000000000 parallel environments needs at least"),
         (["CartPole-v1", "--generations", "99999999999999999999"], r"generations must be less than 2\*\*63"),
         (["CartPole-v1", "--hidden", "99999999999999999999"], r"hidden must be less than 2\*\*63"),

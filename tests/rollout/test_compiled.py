@@ -174,6 +174,7 @@ def test_an_even_number_of_tiles_holds_all_episodes(jobs: int, slots: int) -> No
         ("CartPole-v1", {"generations": LEAST_CONTROL_STEPS // 500}, "on"),
         ("CartPole-v1", {"generations": LEAST_CONTROL_STEPS // 500 - 1}, "off"),
         ("CartPole-v1", {"generations": LEAST_CONTROL_STEPS // 500, "horizon": 100}, "off"),
+        ("CartPole-v1", {"generations": 2, "horizon": 10**12}, "off"),
         ("CartPole-v1", {"generations": LEAST_CONTROL_STEPS // 1000, "slots": 40}, "on"),
         ("CartPole-v1", {"generations": 10**9, "compile": "off"}, "off"),
         ("CartPole-v1", {"generations": 1, "compile": "on"}, "on"),
