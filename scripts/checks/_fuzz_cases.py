@@ -71,6 +71,7 @@ _JSON = st.recursive(
 # These run for as long as they say, so they stay small.
 _LONG = {
     "generations",
+    "episodes",
     "env_steps",
     "evaluation_episodes",
     "score_episodes",
