@@ -137,7 +137,7 @@ def _acrobot(env_id: str) -> TrainConfig:
     )
 
 
-def _mountain_car_continuous(env_id: str) -> TrainConfig:
+def _mountain_car(env_id: str) -> TrainConfig:
     return TrainConfig.of(
         env_id,
         env_steps=1_000_000,
@@ -226,19 +226,6 @@ def _large(env_id: str) -> TrainConfig:
     return TrainConfig.of(env_id, env_steps=100_000_000, population_size=512, sigma=0.02, learning_rate=0.01)
 
 
-def _mountain_car(env_id: str) -> TrainConfig:
-    return TrainConfig.of(
-        env_id,
-        env_steps=1_000_000,
-        population_size=64,
-        sigma=0.3,
-        learning_rate=0.1,
-        learning_rate_final=0.01,
-        hidden=(16,),
-        score_every=2,
-    )
-
-
 def _reacher(env_id: str) -> TrainConfig:
     # Found by es-flipout tune: the score depends on precision, so steps and perturbations are small.
     return TrainConfig.of(
@@ -276,7 +263,7 @@ _PRESETS = {
     "Pendulum-v1": _pendulum,
     "Acrobot-v1": _acrobot,
     "MountainCar-v0": _mountain_car,
-    "MountainCarContinuous-v0": _mountain_car_continuous,
+    "MountainCarContinuous-v0": _mountain_car,
     "InvertedPendulum-v5": _inverted_pendulum,
     "InvertedDoublePendulum-v5": _inverted_double_pendulum,
     "Swimmer-v5": _swimmer,

@@ -1,10 +1,10 @@
-"""The compiled rollout on the CPU: ``torch.compile`` of one control step, for environments written in torch.
+"""The compiled rollout on the CPU: ``torch.compile`` of a few control steps, for environments written in torch.
 
-The environments are split into *tiles* of a fixed number of slots. One control step of a tile, from observations to
-bookkeeping, is recorded as a graph of torch operations on fixed shapes (policy, environment and sums of all slots, the
+The environments are split into *tiles* of a fixed number of slots. A few control steps of a tile, from observations to
+bookkeeping, are recorded as a graph of torch operations on fixed shapes (policy, environment and sums of all slots, the
 dead ones masked) and compiled once; threads step the tiles with it, each its own ones, and hold Python's lock only
-between two steps. When an episode ends, the slot takes the next job, as in :mod:`es_flipout.rollout.host`, whose
-bookkeeping this is.
+between two calls. After a call in which an episode has ended, the slot takes the next job, as in
+:mod:`es_flipout.rollout.host`, whose bookkeeping this is.
 
 All tiles run the same program on the same shapes, so a row's bits depend neither on the number of slots nor on threads.
 They differ in the last bits from those of the plain rollout, because the compiler fuses operations and has other
@@ -59,7 +59,7 @@ def tile_slots(jobs: int) -> int:
 
 
 class _Tile(Lane):
-    """A lane whose control step consists of torch operations on fixed memory."""
+    """A lane whose control steps consist of torch operations on fixed memory."""
 
     def __init__(self, env: BatchEnv, population: Population, jobs: Jobs, agent: Agent) -> None:
         slots = env.num_envs
@@ -133,10 +133,10 @@ class _Tile(Lane):
 
 
 class _Program:
-    """The compiled step of all tiles of one layout."""
+    """The compiled steps of all tiles of one layout."""
 
     def __init__(self, tile: _Tile) -> None:
-        """Compile the step of a tile, whose state is used up by it.
+        """Compile the steps of a tile, whose state is used up by it.
 
         Raises:
             CompilationError: there is no compiler, or the step cannot be compiled.
@@ -161,7 +161,7 @@ class _Program:
         return [x.detach() for x in itertools.compress(tile.tensors(), self._used)]
 
     def __call__(self, arguments: Sequence[Tensor]) -> None:
-        """Run one control step of a tile."""
+        """Run the control steps of a tile."""
         self._call(*arguments)
 
 

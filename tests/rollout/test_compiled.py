@@ -108,6 +108,7 @@ def assert_same(one: Rollout, other: Rollout) -> None:
         ("Pendulum-v1", {"perturbation": "low_rank", "rank": 2, "observation_norm": False}, True),
         ("Acrobot-v1", {"perturbation": "dense", "policy": "linear", "observed": (0, 2)}, True),
         ("MountainCar-v0", {"policy": "recurrent", "hidden": (5,), "cell": "lstm"}, False),
+        ("Pendulum-v1", {"sigma": 1e30}, False),  # actions that are no numbers
     ],
 )
 def test_the_recorded_step_is_that_of_the_plain_rollout(env_id: str, fields: dict[str, Any], segments: bool) -> None:
@@ -118,6 +119,8 @@ def test_the_recorded_step_is_that_of_the_plain_rollout(env_id: str, fields: dic
     assert len(plain[0].lengths.unique()) > 1 or env_id != "CartPole-v1", "no slot is refilled early"
     for a, b in zip(plain, recorded, strict=True):
         assert_same(a, b)
+        assert a.diverged == b.diverged
+    assert (plain[0].diverged > 0) == (fields.get("sigma") == 1e30)
 
 
 @pytest.mark.usefixtures("uncompiled")
