@@ -27,7 +27,7 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
     "strategy": {"shaping": "ranks"},
     "schedule": {"anneal_generations": None, "anneal_env_steps": None, "starts": 1, "start_fraction": 0.05},
     "compute": {"compile": "off"},
-    "logging": {"track": ["tensorboard"]},
+    "logging": {"track": ["tensorboard"], "video": "off"},
 }
 """Fields that the format of config.json got later, by subject, with what all runs did before: a file may be without them."""
 
@@ -370,6 +370,8 @@ class Logging:
     """Number of checkpoints to keep."""
     track: tuple[str, ...] = ("tensorboard",)
     """Trackers: tensorboard, wandb, mlflow, trackio (extras of the same names), or module:Class for one's own."""
+    video: Literal["off", "gif", "mp4"] = "off"
+    """Render an episode of the best policy at the end, to video.gif or video.mp4 in the run directory (extra render)."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -378,7 +380,7 @@ class Logging:
             UserError: a value is out of range; the message names the option and the allowed values.
         """
         _check_values(self)
-        _at_least_one(self, *(field.name for field in dataclasses.fields(self) if field.name != "track"))
+        _at_least_one(self, *(field.name for field in dataclasses.fields(self) if field.name not in ("track", "video")))
         _require(len(set(self.track)) == len(self.track), "track", "different trackers", " ".join(self.track))
 
     @property

@@ -123,6 +123,7 @@ OTHER = TrainConfig.of(
     anneal_generations=2,
     anneal_env_steps=10**12,
     track=("wandb",),
+    video="gif",
 )
 
 
@@ -198,6 +199,7 @@ def test_a_configuration_from_before_a_field_existed_is_what_such_a_run_did() ->
         "start_fraction",
         "compile",
         "track",
+        "video",
     )
     for name in later:
         values = json.loads(OTHER.to_json())

@@ -81,8 +81,7 @@ def _last_words(config: TrainConfig, advice: str) -> Iterator[None]:
 
 def resume_command(config: TrainConfig, run_dir: Path) -> str:
     """Return the command that continues a run of one's own."""
-    own_code = config.task.module is not None or config.logging.own_trackers
-    trust = " --trust" if own_code else ""
+    trust = " --trust" if config.task.module is not None or config.logging.own_trackers else ""
     return f"es-flipout resume {shlex.quote(str(run_dir))}{trust}"
 
 
@@ -104,6 +103,22 @@ def going_on(config: TrainConfig, run_dir: Path) -> Iterator[None]:
             raise
         what = go_on if (run_dir / "config.json").exists() else "start the run again"
         raise UserError(f"{error}; free some space, then {what}") from error
+
+
+def check_video(config: TrainConfig) -> None:
+    """Check that the video at the end of a run can be rendered, if there is to be one.
+
+    Raises:
+        UserError: the environment has no pictures, or a package is missing.
+    """
+    if config.logging.video == "off":
+        return
+    from es_flipout.tools.episode import require_render_mode
+    from es_flipout.tools.video import require_ffmpeg
+
+    require_render_mode(config, "rgb_array")
+    if config.logging.video == "mp4":
+        require_ffmpeg()
 
 
 def train_to_the_end(trainer: Trainer, run_dir: Path, console: Console) -> int:
@@ -139,6 +154,34 @@ def _score(trainer: Trainer, run_dir: Path, console: Console) -> dict[str, float
             f"median {played.median_return:,.1f}) over {played.episodes} episodes of {env_id} in Gymnasium "
             f"{played.versions['gymnasium']}"
         )
+    if trainer.config.logging.video != "off":
+        _render(trainer.config, run_dir, console)
     print(f"trained on {progress.env_steps:,} environment steps in {progress.wall_s:,.0f} s")
     print(f"run directory: {run_dir}")
     return scores
+
+
+def _render(config: TrainConfig, run_dir: Path, console: Console) -> None:
+    """Render the video of the run; if that fails, print a warning: the run itself is complete.
+
+    In a process of its own: OpenGL is chosen when it is first loaded, and a driver that crashes must not end this one.
+    """
+    path = run_dir / f"video.{config.logging.video}"
+    command = [sys.executable, "-m", "es_flipout", "render", str(run_dir), "--output", str(path), "--force"]
+    command += ["--trust"] if config.task.module is not None else []
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        with console.status(f"rendering {path}"):
+            _, errors = process.communicate()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.communicate()
+        print(
+            f"stopped while rendering; render with: es-flipout render {shlex.quote(str(run_dir))} --output {path.name}"
+        )
+        return
+    if process.returncode == 0:
+        print(f"video: {path}")
+        return
+    reason = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+    print(f"warning: no video: {reason[0].removeprefix('error: ')}", file=sys.stderr)

@@ -34,7 +34,14 @@ def run(arguments: Sequence[str]) -> int:
     options = parse_with_preset(TrainOptions, arguments, "train")
     config = options.config
 
-    from es_flipout.cli.session import build_for, find_modules_here, going_on, starting_up, train_to_the_end
+    from es_flipout.cli.session import (
+        build_for,
+        check_video,
+        find_modules_here,
+        going_on,
+        starting_up,
+        train_to_the_end,
+    )
     from es_flipout.training.lock import locked
     from es_flipout.training.metrics import TerminalReporter
     from es_flipout.training.run_directory import require_unused
@@ -43,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     run_dir = options.run_dir if options.run_dir is not None else _new_run_dir(config)
     require_unused(run_dir)
     find_modules_here()
+    check_video(config)
     console = Console(stderr=True)
     with starting_up(console, config, "nothing was written"):
         trainer = make_trainer(config, run_dir, TerminalReporter(console, config.task.env_id), build_for(config))

@@ -12,7 +12,7 @@ from es_flipout.config import PLACES, TrainConfig
 from es_flipout.presets import preset
 
 # These change neither the policy nor which of the policies of a run is the best.
-_NEUTRAL = frozenset({"evaluation_episodes", "checkpoint_every", "keep_checkpoints", "track"})
+_NEUTRAL = frozenset({"evaluation_episodes", "checkpoint_every", "keep_checkpoints", "track", "video"})
 
 
 def card(config: TrainConfig, source: str, evaluation: Mapping[str, Any] | None, commit: str | None) -> str:

@@ -99,23 +99,37 @@ def make_rendered_env(config: TrainConfig, mode: Literal["human", "rgb_array"]) 
         raise UserError(f"there is no display for a window: es-flipout render writes {env_id} to a video instead")
     if headless:
         os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
+    require_render_mode(config, mode)
+    env = _make(config, render_mode=mode, disable_env_checker=True)
+    _follow(env)
+    return env
+
+
+def require_render_mode(config: TrainConfig, mode: Literal["human", "rgb_array"]) -> None:
+    """Check that the environment of a run has a render mode, without rendering anything.
+
+    Raises:
+        UserError: it has not, or a package is missing.
+        UnsupportedEnvironmentError: the environment cannot be created.
+    """
+    plain = _make(config)
+    modes = plain.metadata.get("render_modes", [])
+    plain.close()
+    if mode not in modes:
+        shown = ", ".join(modes) or "none"
+        raise UserError(f"{config.task.env_id} cannot be rendered: its render modes are {shown}, not {mode}")
+
+
+def _make(config: TrainConfig, **kwargs: Any) -> gymnasium.Env:
+    env_id = config.task.env_id
     try:
-        plain = make_gymnasium_env(config)
-        modes = plain.metadata.get("render_modes", [])
-        plain.close()
-        if mode not in modes:
-            raise UserError(
-                f"{env_id} cannot be rendered: its render modes are {', '.join(modes) or 'none'}, not {mode}"
-            )
-        env = make_gymnasium_env(config, render_mode=mode, disable_env_checker=True)
+        return make_gymnasium_env(config, **kwargs)
     except gymnasium.error.DependencyNotInstalled as error:
         raise _missing(env_id, error) from None
     except UserError:
         raise
     except Exception as error:
         raise UnsupportedEnvironmentError(f"{env_id} cannot be created: {described(error)}") from error
-    _follow(env)
-    return env
 
 
 def _follow(env: gymnasium.Env) -> None:

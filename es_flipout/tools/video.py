@@ -89,7 +89,12 @@ def write_video(path: Path, frames: Iterable[Frame], fps: float) -> int:
     return count
 
 
-def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
+def require_ffmpeg() -> None:
+    """Check that ``.mp4`` can be written.
+
+    Raises:
+        UserError: a package of the extra ``render``, or ffmpeg, is missing.
+    """
     try:
         import imageio_ffmpeg
 
@@ -98,6 +103,10 @@ def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
         raise UserError(
             f"mp4 needs ffmpeg, which the extra render brings: pip install 'es-flipout[render]' ({error}); .gif works without"
         ) from None
+
+
+def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
+    require_ffmpeg()
     import imageio.v2
 
     writer: Any = imageio.v2.get_writer(str(path), format="FFMPEG", fps=fps, macro_block_size=2, quality=7)  # pyright: ignore[reportArgumentType]

@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
+from gymnasium.envs.classic_control import CartPoleEnv
+from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from es_flipout.cli import train
 from es_flipout.cli.session import going_on, train_to_the_end
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
+from es_flipout.tools.policy import load_policy
+from es_flipout.training.evaluate import evaluate
 from es_flipout.training.metrics import COLUMNS, Metrics, Silent
 from es_flipout.training.setup import make_trainer, resume_trainer
 from es_flipout.training.trackers import TRACKERS, Outcome, TrackedRun
@@ -336,3 +341,41 @@ def test_a_real_tracker_holds_the_run_also_after_a_resume(
     assert held.steps == {1, 2, 3, 4}
     assert held.scores["evaluation/mean_return"] == measured(run_dir)
     assert held.files == FILES
+
+
+# The video at the end of a run.
+
+
+def test_trackers_get_the_video_of_the_run(tmp_path: Path, calls: list[tuple[str, Any]], capsys: Any) -> None:
+    config = CONFIG.replace(track=(ME,), video="gif", hidden=())
+    run_dir = tmp_path / "run"
+    train_to_the_end(new_run(run_dir, config), run_dir, Console(quiet=True))
+    assert f"video: {run_dir / 'video.gif'}" in capsys.readouterr().out
+    done = calls[-1][1]
+    assert {path.name for path in done.files} == FILES | {"video.gif"}
+    with Image.open(run_dir / "video.gif") as film:
+        steps = evaluate(load_policy(run_dir).agent, config, 1).mean_return
+        assert getattr(film, "n_frames", 1) > steps / 2  # CartPole has 50 frames a second, a GIF 25 at most
+
+
+def test_a_video_that_fails_is_a_warning(tmp_path: Path, capsys: Any) -> None:
+    run_dir = tmp_path / "run"
+    trainer = new_run(run_dir, CONFIG.replace(track=(), video="gif"))
+    (run_dir / "video.gif").mkdir()
+    train_to_the_end(trainer, run_dir, Console(quiet=True))
+    printed = capsys.readouterr()
+    assert printed.err == f"warning: no video: {run_dir / 'video.gif'} is a directory\n"
+    assert measured(run_dir) > 0
+    assert f"run directory: {run_dir}" in printed.out
+
+
+def test_a_video_that_cannot_be_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CartPoleEnv, "metadata", {"render_modes": []})
+    run_dir = tmp_path / "run"
+    with pytest.raises(UserError, match="CartPole-v1 cannot be rendered: its render modes are none, not rgb_array"):
+        train.run(["CartPole-v1", "--video", "gif", "--run-dir", str(run_dir)])
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(UserError, match=r"mp4 needs ffmpeg, .*; .gif works without"):
+        train.run(["CartPole-v1", "--video", "mp4", "--run-dir", str(run_dir)])
+    assert not run_dir.exists()
