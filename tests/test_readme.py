@@ -45,3 +45,10 @@ def test_what_the_commands_print_is_that_of_a_run() -> None:
         score = report.read_json(folder / "evaluation.json")["mean_return"]
         assert f"score {score:,.1f} " in text
     assert any(f"begin results/{folder.name}/output.md" in README for folder in folders)
+
+
+def test_the_first_forty_lines_show_what_it_is() -> None:
+    front = "\n".join(README.splitlines()[:40])
+    for shown in ("policies.gif", "make train", "front.md", "figure.png", "strategy.tell(", "documentation", "GPU"):
+        assert shown in front
+    assert front.count("```") % 2 == 0, "a block goes beyond line 40"
