@@ -2,6 +2,7 @@
 
 python scripts/learning/presets.py --out results/learning_<hardware>_<yyyy-mm>
 python scripts/learning/presets.py --out ... --envs HalfCheetah-v5 --seeds 0 1     # part of it; finished runs are kept
+python scripts/learning/presets.py --out ... --envs Ant-v5 --env-steps 3000000     # shorter than the preset; the table says so
 python scripts/learning/presets.py --out ... --render                              # only table.md and figure.png
 """
 
@@ -53,9 +54,12 @@ FRONT = ("HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "InvertedDoublePendulum-v5
 
 def main() -> None:
     """Run the sweep, and write the table and the figure."""
-    options = report.parse(sweep_parser(__doc__, TASKS))
+    parser = sweep_parser(__doc__, TASKS)
+    parser.add_argument("--env-steps", type=int, help="environment steps of a run (default: those of the preset)")
+    options = report.parse(parser)
     if not options.render:
-        jobs = [job(env_id, env_id, seed) for env_id in options.envs for seed in options.seeds]
+        changes = {} if options.env_steps is None else {"env_steps": options.env_steps}
+        jobs = [job(env_id, env_id, seed, **changes) for env_id in options.envs for seed in options.seeds]
         sweep(jobs, options.out, options.processes)
     report.write_table(options.out, table(options.out))
     (options.out / "front.md").write_text(front(options.out), encoding="utf-8")
@@ -65,7 +69,7 @@ def main() -> None:
 def table(out: Path) -> str:
     """The learning table in Markdown."""
     runs, finished = report.read_csv(out / "runs.csv"), final_scores(out)
-    middle = runs.groupby("name")[["env_steps", "last_return"]].median()
+    middle = runs.groupby("name")[["env_steps", "last_return", "train_s"]].median()
     rows = []
     for env_id, target in TASKS.items():
         if scores := finished.get(env_id):
@@ -77,11 +81,12 @@ def table(out: Path) -> str:
                     listed(scores),
                     f"{own['last_return']:,.1f}",
                     f"{own['env_steps'] / 1e6:.2f}M",
+                    f"{own['train_s'] / 60:.1f} min",
                     _shown(target),
                     target.mark,
                 )
             )
-    header = "environment | median seed | seeds, worst to best | median, last policy | env steps | target | others"
+    header = "environment | median seed | seeds, worst to best | median, last policy | env steps | wall time | target | others"
     return report.markdown(header, rows)
 
 
