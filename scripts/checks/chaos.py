@@ -41,7 +41,7 @@ import tyro
 
 from es_flipout.errors import UserError
 from es_flipout.runinfo import environment
-from es_flipout.training.checkpoint import load_checkpoint, load_tensors
+from es_flipout.training.checkpoint import atomic_write, load_checkpoint, load_tensors
 from es_flipout.training.lock import LOCK
 
 ROOT = Path(__file__).parents[2]
@@ -50,31 +50,12 @@ TASKS = {
     "Hopper-v5": ("--optimizer", "clipup", "--threads", "1"),
 }
 GENERATIONS = 40
-OPTIONS = [
-    *(
-        "--generations",
-        str(GENERATIONS),
-        "--env-steps",
-        "None",
-        "--population-size",
-        "8",
-        "--hidden",
-        "8",
-        "--score-every",
-        "7",
-    ),
-    *(
-        "--score-episodes",
-        "2",
-        "--evaluation-episodes",
-        "10",
-        "--checkpoint-every",
-        "3",
-        "--env-kwargs",
-        '{"max_episode_steps": 40}',
-    ),
+OPTIONS = (
+    *("--generations", str(GENERATIONS), "--env-steps", "None", "--population-size", "8", "--hidden", "8"),
+    *("--score-every", "7", "--score-episodes", "2", "--evaluation-episodes", "10", "--checkpoint-every", "3"),
     *("--sigma", "0.1", "--sigma-final", "0.05", "--learning-rate", "0.05", "--learning-rate-final", "0.01"),
-]
+    *("--env-kwargs", '{"max_episode_steps": 40}'),
+)
 # A run on Ray is long enough for Ray to notice that a process has died, and to end the run.
 ON_RAY = ("--backend", "ray", "--workers", "2", "--generations", "400", "--population-size", "64")
 RAY_SETTINGS = {
@@ -207,9 +188,17 @@ def rows_of(metrics: Path) -> int:
     return metrics.read_text(encoding="utf-8").count("\n") - 1
 
 
-def phase(run_dir: Path) -> str:
+def holds(process: subprocess.Popen[str], run_dir: Path) -> bool:
+    """Whether a process has the lock of a run; the file of a killed one stays."""
+    try:
+        return json.loads((run_dir / LOCK).read_text(encoding="utf-8"))["pid"] == process.pid
+    except (OSError, ValueError):
+        return False
+
+
+def phase(process: subprocess.Popen[str], run_dir: Path) -> str:
     """Return what a process is doing, as far as its files tell."""
-    if not (run_dir / LOCK).exists():
+    if not holds(process, run_dir):
         return "start-up"
     if not (run_dir / "metrics.csv").exists():
         return "first checkpoint"
@@ -239,7 +228,7 @@ def disturb(process: subprocess.Popen[str], folder: Path, event: str, dice: rand
     if event != "none":
         begun = folder / "run" / "metrics.csv"
         if dice.random() < 0.7:  # after the start-up, which takes most of the time of these short runs
-            while process.poll() is None and not (begun.exists() and (folder / "run" / LOCK).exists()):
+            while process.poll() is None and not (begun.exists() and holds(process, folder / "run")):
                 time.sleep(0.01)
             if event == "ray":  # starting Ray takes so long that a run which is always killed soon would never end
                 wanted = rows_of(begun) + dice.randint(0, 200)
@@ -247,7 +236,7 @@ def disturb(process: subprocess.Popen[str], folder: Path, event: str, dice: rand
                     time.sleep(0.05)
         time.sleep(dice.uniform(0, dice.choice((0.3, 1.0, 4.0))))
     if event == "kill":
-        counts.phases[phase(folder / "run")] += 1
+        counts.phases[phase(process, folder / "run")] += 1
         process.kill()
     elif event == "storm":
         while process.poll() is None and not handles_signals(process):
@@ -392,31 +381,37 @@ def main() -> int:
             except OSError as error:
                 not_done = [str(error)]
                 break
-        print(counts.line(), *counts.problems[-3:], sep="\n  ", flush=True)
+        report(options, counts, seed, not_done)
     while time.monotonic() - began < 60 * options.minutes:
         folder = Path(tempfile.mkdtemp(prefix="chaos_"))
         try:
             one_run(folder, seed, counts, on_ray=dice.random() < options.ray)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        report(options, counts, seed, not_done)
         seed += 1
-        print(counts.line(), *counts.problems[-3:], sep="\n  ", flush=True)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "command": f"scripts/checks/chaos.py {' '.join(sys.argv[1:])}",
-            "seeds": [options.seed, seed - 1],
-            "runs": counts.runs,
-            "events": dict(counts.events),
-            "kills_in": dict(counts.phases),
-            "kills_of_ray": dict(counts.ray),
-            "disk_full_at": dict(counts.full),
-            "not_done": not_done,
-            "problems": counts.problems,
-            "environment": environment(),
-        }
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return min(len(counts.problems), 1)
+
+
+def report(options: Chaos, counts: Counts, seed: int, not_done: list[str]) -> None:
+    """Print the counts so far, and write them to the output, if there is one."""
+    print(counts.line(), *counts.problems[-3:], sep="\n  ", flush=True)
+    if options.output is None:
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    found = {
+        "command": f"scripts/checks/chaos.py {' '.join(sys.argv[1:])}",
+        "seeds": [options.seed, seed],
+        "runs": counts.runs,
+        "events": dict(counts.events),
+        "kills_in": dict(counts.phases),
+        "kills_of_ray": dict(counts.ray),
+        "disk_full_at": dict(counts.full),
+        "not_done": not_done,
+        "problems": counts.problems,
+        "environment": environment(),
+    }
+    atomic_write(options.output, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
