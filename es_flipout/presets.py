@@ -223,11 +223,31 @@ def _hopper(env_id: str) -> TrainConfig:
 
 
 def _walker(env_id: str) -> TrainConfig:
-    return TrainConfig.of(env_id, env_steps=10_000_000, population_size=100, **_CLIPUP)
+    # Twice the step and half the population of pgpelib's recipe reached 2,500 after 0.85M steps instead of 3.2M.
+    return TrainConfig.of(env_id, env_steps=10_000_000, population_size=50, **(_CLIPUP | {"learning_rate": 0.015}))
 
 
-def _large(env_id: str) -> TrainConfig:
-    return TrainConfig.of(env_id, env_steps=100_000_000, population_size=512, sigma=0.02, learning_rate=0.01)
+def _ant(env_id: str) -> TrainConfig:
+    return TrainConfig.of(
+        env_id, env_steps=20_000_000, population_size=32, score_every=5, **(_CLIPUP | {"learning_rate": 0.015})
+    )
+
+
+def _humanoid(env_id: str) -> TrainConfig:
+    # Positions and velocities alone, the first 45 of 348 entries, are learned from in a third of the steps.
+    return TrainConfig.of(
+        env_id,
+        env_steps=50_000_000,
+        observed=tuple(range(45)),
+        population_size=64,
+        score_every=20,
+        **(_CLIPUP | {"learning_rate": 0.015}),
+    )
+
+
+def _humanoid_standup(env_id: str) -> TrainConfig:
+    # Episodes never end early: as for HalfCheetah.
+    return _half_cheetah(env_id).replace(env_steps=2_000_000, starts=1, score_every=20, checkpoint_every=20)
 
 
 def _reacher(env_id: str) -> TrainConfig:
@@ -243,6 +263,10 @@ def _reacher(env_id: str) -> TrainConfig:
         learning_rate_final=0.0009,
         weight_decay=0.1,
     )
+
+
+def _pusher(env_id: str) -> TrainConfig:
+    return _reacher(env_id).replace(env_steps=2_000_000)
 
 
 def _lunar_lander(env_id: str) -> TrainConfig:
@@ -272,12 +296,13 @@ _PRESETS = {
     "InvertedDoublePendulum-v5": _inverted_double_pendulum,
     "Swimmer-v5": _swimmer,
     "Reacher-v5": _reacher,
+    "Pusher-v5": _pusher,
     "HalfCheetah-v5": _half_cheetah,
     "Hopper-v5": _hopper,
     "Walker2d-v5": _walker,
-    "Ant-v5": _large,
-    "Humanoid-v5": _large,
-    "HumanoidStandup-v5": _large,
+    "Ant-v5": _ant,
+    "Humanoid-v5": _humanoid,
+    "HumanoidStandup-v5": _humanoid_standup,
     "LunarLander-v3": _lunar_lander,
     "BipedalWalker-v3": _bipedal_walker,
 }
