@@ -4,8 +4,9 @@ python scripts/learning/methods.py --out results/methods_<hardware>_<yyyy-mm>
 python scripts/learning/methods.py --out ... --envs HalfCheetah-v5 --seeds 0 1 2   # part of it; finished runs are kept
 python scripts/learning/methods.py --out ... --render                              # only table.md and figure.png
 
-All methods share a task's policy, population and learning rate; the last column is the mean over the seeds of the difference to
-the first method, with its standard error. The budgets are shorter than those of the presets.
+All methods share a task's policy and population, and all but ClipUp (with pgpelib's step and sigma) its sigma and learning
+rate; the last column is the mean over the seeds of the difference to the first method, with its standard error. The budgets
+are shorter than those of the presets.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from scripts.learning._runs import Changes, compare, listed, plot_comparison
 
 _SHARED = {"policy": "linear", "squash": "tanh", "shaping": "ranks", "horizon": None, "starts": 1, "weight_decay": 0.0}
 TASKS: Changes = {
-    "HalfCheetah-v5": {**_SHARED, "env_steps": 2_000_000, "sigma_final": None, "score_every": 5},
-    "Hopper-v5": {**_SHARED, "env_steps": 1_000_000, "optimizer": "adam", "learning_rate": 0.02, "sigma": 0.03},
-    "Swimmer-v5": {**_SHARED, "env_steps": 600_000, "observation_norm": False},
+    "HalfCheetah-v5": {**_SHARED, "env_steps": 1_000_000, "sigma_final": None, "score_every": 5},
+    "Hopper-v5": {**_SHARED, "env_steps": 500_000, "optimizer": "adam", "learning_rate": 0.02, "sigma": 0.03},
+    "Swimmer-v5": {**_SHARED, "env_steps": 300_000, "observation_norm": False},
 }
 _BOTH = {"horizon": 100, "shaping": "differences", "score_every": 50}
 METHODS: Changes = {
     "whole episodes, ranks": {},
     "differences": {"shaping": "differences"},
     "growing cap": {"episode_cap": 200, "episode_cap_until": 1.0},
+    "ClipUp": {
+        **{"optimizer": "clipup", "learning_rate": 0.0075, "learning_rate_final": None, "momentum": 0.9},
+        **{"sigma": 0.02, "sigma_final": None, "squash": "clip"},
+    },
     "horizon 100": {"horizon": 100, "score_every": 50},
     "horizon 100, differences": _BOTH,
     "horizon 100, differences, weight decay 0.1": {**_BOTH, "weight_decay": 0.1},
