@@ -51,6 +51,8 @@ def train_and_score(job: Job) -> dict[str, report.Rows]:
     if not began:
         trainer.create()
     trainer.train()
+    if trainer.interrupted:
+        raise KeyboardInterrupt  # the run continues when the sweep is started again
     fixed: dict[str, object] = {"name": job.name, "env_id": job.config.task.env_id, "seed": job.seed}
     episodes = job.config.logging.evaluation_episodes
     best, last = (evaluate(trainer.trained_agent(which), job.config, episodes) for which in ("best", "last"))

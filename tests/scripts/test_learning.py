@@ -10,6 +10,7 @@ import pytest
 
 from es_flipout.config import TrainConfig
 from es_flipout.training.setup import make_trainer
+from es_flipout.training.trainer import Trainer
 from scripts import report
 from scripts.learning._runs import Job, final_scores, job, sweep
 
@@ -51,6 +52,20 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
     whole, parts = (report.read_csv(tmp_path / name / "runs.csv") for name in ("whole", "parts"))
     assert list(whole["mean_return"]) == list(parts["mean_return"])
     assert list(report.read_csv(tmp_path / "parts" / "curves.csv")["generation"]) == [2]  # the first was not repeated
+
+
+def test_an_interrupted_sweep_keeps_no_row_of_an_unfinished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep([Job("tiny", TINY)], tmp_path / "whole", 1)
+    monkeypatch.setattr(Trainer, "train", lambda self: self.interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        sweep([Job("tiny", TINY)], tmp_path / "parts", 1)
+    assert not (tmp_path / "parts" / "runs.csv").exists()
+    monkeypatch.undo()
+    sweep([Job("tiny", TINY)], tmp_path / "parts", 1)
+    whole, parts = (report.read_csv(tmp_path / name / "runs.csv") for name in ("whole", "parts"))
+    assert list(whole["mean_return"]) == list(parts["mean_return"])
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("families_*")), ids=lambda folder: folder.name)
