@@ -3,14 +3,21 @@
 Workers receive the mean weights and observation statistics once per generation (one copy per node), and for every shard
 its first member, its size and a start seed of 8 bytes per episode. A worker draws the perturbations of the members
 itself, since they are addressed by member. It sends back 16 bytes per episode (return and length), and two sums over
-observations for every ``MOMENT_BLOCK`` episodes. The result is bitwise identical to that of one process, for any
-assignment of shards to workers. On GPUs, one per worker, this requires identical GPUs, the Triton kernels and
-deterministic physics, which mujoco-warp's is not as it is set here.
+observations for every ``MOMENT_BLOCK`` episodes.
+
+If the population has several blocks of noise sources (:attr:`es_flipout.perturbations.Members.blocks`), the workers also
+sum their weighted noise for the update: one receives the weights of a block's members, 4 bytes each, and sends back the
+sum, 4 bytes per parameter; the training process adds the sums in order. A single block is summed there.
+
+The result is bitwise identical to that of one process, for any assignment of shards and blocks to workers. On GPUs, one
+per worker, this requires identical GPUs, the Triton kernels and deterministic physics, which mujoco-warp's is not as it
+is set here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,6 +94,14 @@ class Outcome:
     ends: tuple[NDArray[np.float64], NDArray[np.bool_]] | None = None
 
 
+@dataclass(frozen=True)
+class Block:
+    """Consecutive members whose weighted noise is summed: the number of the first, and the weights ``(n,)`` float32."""
+
+    first: int
+    weights: NDArray[np.float32]
+
+
 class ShardWorker:
     """Plays shards; used as a Ray actor, and in tests as an ordinary object."""
 
@@ -117,13 +132,8 @@ class ShardWorker:
 
     def play(self, generation: Generation, shard: Shard, weights: Arrays) -> Outcome:
         """Play all episodes of a shard's members with the generation's mean weights and statistics."""
-        agent, strategy = self._agent, self._config.strategy
-        agent.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})
-        size = len(shard.seeds)
-        members = Members(strategy.population_size, strategy.antithetic, self._device, size, shard.first)
-        address = Address(self._config.schedule.seed, generation.number)
-        family = family_of(self._config)
-        population = Population(agent.module, family, members, generation.sigma, address, self._forward)
+        self._agent.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})
+        population = self._population(generation, shard.first, len(shard.seeds))
         seeds, segments = torch.from_numpy(shard.seeds.copy()), None
         if shard.segments is not None:
             segments = Segments(*(torch.from_numpy(values.copy()) for values in shard.segments))
@@ -140,6 +150,20 @@ class ShardWorker:
             rollout.alive_bonus,
             None if rollout.ends is None else (rollout.ends.states.numpy(), rollout.ends.running.numpy()),
         )
+
+    @torch.no_grad()
+    def weighted_sum(self, generation: Generation, block: Block) -> Arrays:
+        """Return the sum of the weights of a block's members times their noise, by the names of the parameters."""
+        population = self._population(generation, block.first, len(block.weights))
+        sums = population.weighted_sum(torch.from_numpy(block.weights.copy()))
+        return {name: total.numpy() for name, total in sums.items()}
+
+    def _population(self, generation: Generation, first: int, size: int) -> Population:
+        strategy = self._config.strategy
+        members = Members(strategy.population_size, strategy.antithetic, self._device, size, first)
+        address = Address(self._config.schedule.seed, generation.number)
+        family = family_of(self._config)
+        return Population(self._agent.module, family, members, generation.sigma, address, self._forward)
 
 
 def settings_like(
@@ -191,6 +215,7 @@ class ShardedPlayer(Player):
     """
 
     WORKER: ClassVar[type[ShardWorker]] = ShardWorker
+    needs_noise = False
 
     def __init__(self, config: TrainConfig, home: LocalPlayer, reserve_cores: bool = True) -> None:
         """Connect and start the workers.
@@ -242,6 +267,27 @@ class ShardedPlayer(Player):
             shards, lambda actor, shard: actor.play.remote(generation, shard, weights), should_stop
         )
         return Rollout.join([_rollout(outcome) for outcome in outcomes])
+
+    def weighted_sum(
+        self, population: Population, u: Tensor, should_stop: ShouldStop | None = None
+    ) -> Mapping[str, Tensor]:
+        """See :meth:`Player.weighted_sum`; a population of a single block is summed in this process.
+
+        Raises:
+            WorkersLostError: no worker is left.
+        """
+        members = population.members
+        if len(members.blocks) == 1:
+            return population.weighted_sum(u)
+        generation = Generation(population.generation, population.sigma, None, False)
+        spans = (slice(*(end * members.per_source for end in (own.start, own.stop))) for own in members.blocks)
+        blocks = [Block(span.start, u[span].numpy()) for span in spans]
+        sums = self.pool.work(blocks, lambda actor, block: actor.weighted_sum.remote(generation, block), should_stop)
+        totals = {name: torch.from_numpy(part.copy()) for name, part in sums[0].items()}
+        for parts in sums[1:]:
+            for name, total in totals.items():
+                total += torch.from_numpy(parts[name].copy())
+        return totals
 
     def close(self) -> None:
         """See :meth:`Player.close`."""

@@ -17,6 +17,8 @@ from es_flipout.kernels import Precision
 from es_flipout.perturbations.operations import Operation
 from es_flipout.randomness import Address
 
+SOURCES_PER_BLOCK = 4096  # bounds the memory of a weighted sum; fixed, because it determines the order of the sum
+
 
 @dataclass(frozen=True)
 class Members:
@@ -43,6 +45,16 @@ class Members:
         return torch.arange(
             self.first // self.per_source, (self.first + self.size) // self.per_source, device=self.device
         )
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Indices into :attr:`sources` of the blocks over which a weighted sum is computed, one after the other.
+
+        On the CPU these are blocks of a fixed size, so that other processes can compute some of them; on a GPU, all sources.
+        """
+        count = self.size // self.per_source
+        step = SOURCES_PER_BLOCK if self.device.type == "cpu" else max(count, 1)
+        return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
 
     def source_of(self, members: Tensor) -> Tensor:
         """Return the indices into :attr:`sources` of members (numbered from 0 within this shard), ``(n,)`` int64."""
@@ -136,9 +148,21 @@ class Perturbation(ABC, Generic[RowsT]):
     def noise(self, member: int) -> Tensor:
         """Return the dense perturbation of one member in units of sigma, in the shape of the parameter."""
 
-    @abstractmethod
     def weighted_sum(self, u: Tensor) -> Tensor:
-        """Sum ``u`` ``(P,)`` times the perturbations, in units of sigma, over the members."""
+        """Sum ``u`` ``(P,)`` times the perturbations, in units of sigma, over the members.
+
+        The sums over :attr:`Members.blocks` are added in order, so a sum of blocks that were summed elsewhere is the same.
+        """
+        v = self.members.fold(u).to(self.mean.dtype)
+        first, *others = self.members.blocks
+        total = self._block_sum(v, first)
+        for block in others:
+            total += self._block_sum(v, block)
+        return total
+
+    @abstractmethod
+    def _block_sum(self, v: Tensor, block: slice) -> Tensor:
+        """Sum the weights ``v`` of all noise sources times their noise, in units of sigma, over a block of them."""
 
     @abstractmethod
     def linear(self, x: Tensor, rows: RowsT, bias: Tensor | None = None, part: slice | None = None) -> Tensor:

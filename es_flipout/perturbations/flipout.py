@@ -23,6 +23,7 @@ from typing_extensions import override
 from es_flipout.errors import UserError
 from es_flipout.kernels import MemberNoise, Precision
 from es_flipout.perturbations.base import (
+    SOURCES_PER_BLOCK,
     Family,
     MemberRows,
     Members,
@@ -38,8 +39,6 @@ from es_flipout.randomness import Address, Stream, normals, signs, unpacked_sign
 
 if TYPE_CHECKING:
     from es_flipout.kernels.linear import FlipoutLayer
-
-_SOURCES_PER_SUM = 4096  # bounds the memory of the weighted sum; fixed, because it determines the order of the sum
 
 
 @dataclass
@@ -225,11 +224,11 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
         return (r[:, :, None] * s[:, None]).view(*r.shape, s.shape[1], *(1,) * (self.mean.ndim - 2))
 
     @override
-    def weighted_sum(self, u: Tensor) -> Tensor:
-        v = self.members.fold(u).to(self.mean.dtype)
+    def _block_sum(self, v: Tensor, block: slice) -> Tensor:
         total = torch.zeros_like(self.mean)
         for m, base in enumerate(self.base):
-            response = self._response(v, self._sources_of(m))
+            own = self._sources_of(m)
+            response = self._response(v, slice(max(own.start, block.start), min(own.stop, block.stop)))
             total.addcmul_(base, response.view(*response.shape, *(1,) * (base.ndim - 2)))
         return total
 
@@ -250,9 +249,9 @@ class FlipoutPerturbation(Perturbation[FlipoutRows | MemberRows]):
             return weighted_sum(v[own], self.layer.r[own], self.layer.s[own], *self.mean.shape)
         response = self.mean.new_zeros(self.mean.shape[:2])
         for r, s, v_part in zip(
-            self.r[own].split(_SOURCES_PER_SUM),
-            self.s[own].split(_SOURCES_PER_SUM),
-            v[own].split(_SOURCES_PER_SUM),
+            self.r[own].split(SOURCES_PER_BLOCK),
+            self.s[own].split(SOURCES_PER_BLOCK),
+            v[own].split(SOURCES_PER_BLOCK),
             strict=True,
         ):
             response.addmm_((r * v_part[:, None]).T, s.to(v.dtype))

@@ -63,9 +63,9 @@ class Independent(Perturbation[IndependentRows]):
         return self.stored[self.members.source_of(index)][0] * self.members.sign_of(index)[0]
 
     @override
-    def weighted_sum(self, u: Tensor) -> Tensor:
-        v = self.members.fold(u).to(self.mean.dtype)
-        return (v @ self.stored.flatten(1)).view_as(self.mean) if self.mean.ndim else v @ self.stored
+    def _block_sum(self, v: Tensor, block: slice) -> Tensor:
+        v, stored = v[block], self.stored[block]
+        return (v @ stored.flatten(1)).view_as(self.mean) if self.mean.ndim else v @ stored
 
     @override
     def linear(self, x: Tensor, rows: IndependentRows, bias: Tensor | None = None, part: slice | None = None) -> Tensor:
@@ -110,7 +110,7 @@ class Fixed(Perturbation[FixedRows]):
         return torch.zeros_like(self.mean)
 
     @override
-    def weighted_sum(self, u: Tensor) -> Tensor:
+    def _block_sum(self, v: Tensor, block: slice) -> Tensor:
         return torch.zeros_like(self.mean)
 
     @override

@@ -92,10 +92,9 @@ class LowRankPerturbation(Perturbation[LowRankRows | MemberRows]):
         return product * (self.members.sign_of(index)[0].to(product.dtype) / self.rank**0.5)
 
     @override
-    def weighted_sum(self, u: Tensor) -> Tensor:
-        v = self.members.fold(u).to(self.mean.dtype)
-        left = (self.left * v[:, None, None]).flatten(0, 1)
-        return (left.T @ self.right.flatten(0, 1).flatten(1)).view_as(self.mean) / self.rank**0.5
+    def _block_sum(self, v: Tensor, block: slice) -> Tensor:
+        left = (self.left[block] * v[block, None, None]).flatten(0, 1)
+        return (left.T @ self.right[block].flatten(0, 1).flatten(1)).view_as(self.mean) / self.rank**0.5
 
     @override
     def linear(

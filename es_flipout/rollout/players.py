@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -22,11 +22,13 @@ class Player(ABC):
         agent: its normalization and action map are applied around the members' networks.
         max_episode_steps: the environment's own limit, as in :class:`es_flipout.envs.BatchEnv`.
         warnings: warnings for the user.
+        needs_noise: whether it uses the noise of a population in this process.
     """
 
     agent: Agent
     max_episode_steps: int | None
     warnings: Sequence[str] = ()
+    needs_noise: bool = True
 
     @abstractmethod
     def play(
@@ -44,6 +46,18 @@ class Player(ABC):
             ValueError: the request does not fit the population.
             EnvironmentFailureError: the environment's own code raised an exception.
         """
+
+    def weighted_sum(
+        self, population: Population, u: Tensor, should_stop: ShouldStop | None = None
+    ) -> Mapping[str, Tensor]:
+        """Compute :meth:`Population.weighted_sum` where the members are played; the result does not depend on the player.
+
+        Args:
+            population: the members.
+            u: ``(P,)``, their weights.
+            should_stop: see :meth:`play`.
+        """
+        return population.weighted_sum(u)
 
     def prepare(self, population: Population, episodes: Episodes) -> None:  # noqa: B027 (most players need not)
         """Compile what plays such populations and episodes, where it is compiled; nothing is played.

@@ -13,7 +13,7 @@ from es_flipout.kernels import KernelChoice, Precision, chosen
 from es_flipout.layers import convert
 from es_flipout.perturbations import Family, Members, family_named
 from es_flipout.randomness import Address
-from es_flipout.strategy.estimator import estimate_gradient
+from es_flipout.strategy.estimator import WeightedSum, estimate_gradient
 from es_flipout.strategy.optimizers import make_optimizer
 from es_flipout.strategy.population import ForwardSettings, Population
 from es_flipout.strategy.shaping import Shaping, shape
@@ -115,19 +115,24 @@ class EvolutionStrategy:
     def learning_rate(self, value: float) -> None:
         self.optimizer.param_groups[0]["lr"] = value
 
-    def ask(self) -> Population:
-        """Return the population of this generation; asking again returns the same population."""
+    def ask(self, draw: bool = True) -> Population:
+        """Return the population of this generation; asking again returns the same population.
+
+        Args:
+            draw: whether to draw the noise now; otherwise on its first use.
+        """
         members = Members(self.population_size, self.antithetic, self.device, self.population_size)
         address = Address(self.seed, self.generation)
-        self._asked = Population(self._mean, self.family, members, self.sigma, address, self.forward)
+        self._asked = Population(self._mean, self.family, members, self.sigma, address, self.forward, draw)
         return self._asked
 
     @torch.no_grad()
-    def tell(self, returns: Tensor) -> None:
+    def tell(self, returns: Tensor, weighted_sum: WeightedSum = Population.weighted_sum) -> None:
         """Move the mean toward the better members and start the next generation.
 
         Args:
             returns: ``(P,)``, higher is better; NaN ranks worst.
+            weighted_sum: see :func:`es_flipout.strategy.estimator.estimate_gradient`.
 
         Raises:
             RuntimeError: ``ask`` was not called in this generation.
@@ -138,7 +143,7 @@ class EvolutionStrategy:
         returns = torch.as_tensor(returns).to(self.device)
         if returns.shape != (self.population_size,):
             raise ValueError(f"returns must have shape ({self.population_size},), got {tuple(returns.shape)}")
-        gradient = estimate_gradient(self._asked, shape(returns, self.shaping))
+        gradient = estimate_gradient(self._asked, shape(returns, self.shaping), weighted_sum)
         for name, parameter in self._mean.named_parameters():
             if not parameter.requires_grad:
                 continue

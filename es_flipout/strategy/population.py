@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,7 @@ class Population:
         sigma: float,
         address: Address,
         forward: ForwardSettings = DEFAULT_FORWARD,
+        draw: bool = True,
     ) -> None:
         """Draw the noise of the members.
 
@@ -82,6 +84,7 @@ class Population:
             sigma: standard deviation of the perturbations.
             address: seed and generation of the noise.
             forward: how forwards are computed.
+            draw: whether to draw the noise now; otherwise on its first use.
 
         Raises:
             UserError: the module has an unsupported layer, or the requested kernels cannot be used.
@@ -96,11 +99,21 @@ class Population:
         # Copied, so that the population does not change when the strategy updates the mean.
         self._module = copy.deepcopy(module)
         self._forward = forward
-        conversion = convert(self._module)
-        self._perturbed = Perturbed(conversion, self._draw(conversion, family, address))
-        self._network = self._fused()
+        self._family, self._address = family, address
+        if draw:
+            self.draw()
 
-    def _fused(self) -> Network | None:
+    def draw(self) -> None:
+        """Draw the noise now, unless it is drawn."""
+        _ = self._perturbed, self._network
+
+    @cached_property
+    def _perturbed(self) -> Perturbed:
+        conversion = convert(self._module)
+        return Perturbed(conversion, self._draw(conversion, self._family, self._address))
+
+    @cached_property
+    def _network(self) -> Network | None:
         """Return the whole module as a chain of kernels, if it is one."""
         first = next(self._module.parameters())
         if not chosen(self._forward.kernels, self.device, first.dtype):

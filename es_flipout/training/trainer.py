@@ -8,6 +8,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,13 +149,13 @@ class Trainer:
         fraction = self.config.schedule.annealed(self.progress.generation, self.progress.env_steps)
         strategy.sigma = self.config.strategy.sigma_at(fraction)
         strategy.learning_rate = self.config.strategy.learning_rate_at(fraction)
-        population = strategy.ask()
+        population = strategy.ask(draw=self.player.needs_noise)
         episodes = self._episodes(population, fraction)
         asked = time.perf_counter()
         self.player.draw_ahead(lambda: self._seeds(population, ahead=1))
         rollout = self.player.play(population, episodes, lambda: self.interrupted)
         played = time.perf_counter()
-        strategy.tell(rollout.fitness)
+        strategy.tell(rollout.fitness, partial(self.player.weighted_sum, should_stop=lambda: self.interrupted))
         if episodes.segments is not None and rollout.ends is not None:
             self.frontier.update(population, episodes.segments, rollout.ends, rollout.lengths)
         if isinstance(self.agent.norm, ObservationNorm):

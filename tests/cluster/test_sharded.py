@@ -14,6 +14,7 @@ from es_flipout.cluster import sharded
 from es_flipout.cluster.connect import Connection
 from es_flipout.cluster.pool import WorkersLostError
 from es_flipout.cluster.sharded import (
+    Block,
     Generation,
     Shard,
     ShardedPlayer,
@@ -30,7 +31,7 @@ from es_flipout.policies.networks import MLP, Linear, Recurrent
 from es_flipout.rollout.builder import build, local_player
 from es_flipout.rollout.episodes import MOMENT_BLOCK, MOMENT_JOBS, Episodes, Rollout, start_seeds
 from es_flipout.rollout.placement import place
-from es_flipout.strategy.population import ForwardSettings
+from es_flipout.strategy.population import ForwardSettings, Population
 from es_flipout.strategy.selection import Selection
 from es_flipout.training.checkpoint import load_checkpoint
 from es_flipout.training.setup import make_trainer, resume_trainer
@@ -104,20 +105,26 @@ def test_shards_join_to_what_one_process_plays_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.usefixtures("connection")
-def test_a_run_with_workers_that_are_killed_is_the_run_of_one_process_to_the_bit(tmp_path: Path) -> None:
+def test_a_run_with_workers_that_are_killed_is_the_run_of_one_process_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is killed while it plays, the other while it sums its part of the update."""
+    monkeypatch.setattr("es_flipout.perturbations.base.SOURCES_PER_BLOCK", 16)
     expected, alone = trained(HOPPER, tmp_path / "alone")
+    monkeypatch.delattr(Population, "_draw")  # the training process draws nothing
     trainer = make_trainer(on_ray(HOPPER, 2), tmp_path / "ray")
     trainer.create()
     player = trainer.player
     assert isinstance(player, ShardedPlayer)
     ray = player._connection.ray
     pids = ray.get([worker.actor.__ray_call__.remote(lambda self: os.getpid()) for worker in player.pool._workers])
-    work = player.pool.work
+    work, during = player.pool.work, [Shard, Block]
 
     def work_and_kill(chunks: Any, give: Any, should_stop: Any = None) -> list[Any]:
         def give_and_kill(actor: Any, chunk: Any) -> Any:
             reference = give(actor, chunk)
-            if pids and chunk.first == 32:
+            if during and (type(chunk), chunk.first) == (during[0], 32):
+                del during[0]
                 os.kill(pids.pop(), signal.SIGKILL)
             return reference
 
@@ -127,6 +134,7 @@ def test_a_run_with_workers_that_are_killed_is_the_run_of_one_process_to_the_bit
     trainer.train()
     trainer.close()
     assert player.pool.replaced == 2
+    assert not during
     assert_same(trainer.tensors(), expected)
     assert trainer.progress.env_steps == alone.progress.env_steps
     assert trainer.progress.score == alone.progress.score

@@ -251,11 +251,12 @@ def test_weighted_sum_equals_the_sum_over_dense_noise(family: Family, antithetic
     torch.testing.assert_close(perturbation.weighted_sum(u), torch.einsum("p,poi->oi", u, noises(perturbation)))
 
 
-def test_flipout_sum_in_parts_equals_the_sum_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    perturbation = layer(Flipout(bases=2), members_of(22))
+def test_sum_in_blocks_equals_the_sum_at_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    perturbation = layer(family, members_of(22))
     u = torch.randn(22, dtype=torch.float64)
     whole = perturbation.weighted_sum(u)
-    monkeypatch.setattr("es_flipout.perturbations.flipout._SOURCES_PER_SUM", 3)
+    for module in ("base", "flipout"):
+        monkeypatch.setattr(f"es_flipout.perturbations.{module}.SOURCES_PER_BLOCK", 3)
     parts = perturbation.weighted_sum(u)
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(parts, torch.einsum("p,poi->oi", u, noises(perturbation)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from es_flipout.layers import convert
 from es_flipout.perturbations import Dense, Family, Flipout, LowRank
+from es_flipout.perturbations.base import SOURCES_PER_BLOCK
 from es_flipout.perturbations.flipout import FlipoutPerturbation
 from es_flipout.policies.networks import MLP, Linear
 from es_flipout.strategy.population import Population
@@ -248,6 +249,22 @@ def test_a_shard_has_the_same_members_to_the_bit(family: Family, antithetic: boo
             sums[name] = sums.get(name, torch.zeros(())) + part
     for name, total in whole.weighted_sum(u).items():
         torch.testing.assert_close(sums[name], total)
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_sums_over_blocks_add_up_to_the_same_bits(family: Family, antithetic: bool) -> None:
+    per_source = 2 if antithetic else 1
+    size, step = (2 * SOURCES_PER_BLOCK + 50) * per_source, SOURCES_PER_BLOCK * per_source
+    module = MLP(3, 2, hidden=(4,))
+    whole = population_of(module, family, size, antithetic=antithetic)
+    u = torch.randn(size)
+    sums = [
+        population_of(module, family, len(part), first=index * step, of=size, antithetic=antithetic).weighted_sum(part)
+        for index, part in enumerate(u.split(step))
+    ]
+    assert len(sums) == len(whole.members.blocks) == 3
+    for name, total in whole.weighted_sum(u).items():
+        assert torch.equal(sums[0][name] + sums[1][name] + sums[2][name], total)
 
 
 def test_population_stays_when_the_module_changes(family: Family) -> None:

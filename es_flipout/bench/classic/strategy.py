@@ -102,7 +102,7 @@ class ClassicStrategy(EvolutionStrategy):
     """An :class:`EvolutionStrategy` with noise from a table; its perturbation family is not used."""
 
     @override
-    def ask(self) -> TablePopulation:
+    def ask(self, draw: bool = True) -> TablePopulation:
         """See :meth:`EvolutionStrategy.ask`."""
         members = Members(self.population_size, self.antithetic, self.device, self.population_size)
         address = Address(self.seed, self.generation)
