@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from es_flipout.cluster.connect import Connection
@@ -16,7 +17,7 @@ from es_flipout.rollout.episodes import RolloutInterrupted, ShouldStop
 Chunk = TypeVar("Chunk")
 
 START_S = 120.0  # time limit for a worker to import torch and build its environments
-_LOOK_S = 0.2  # interval between calls of the caller's should_stop
+_LOOK_S = 0.2  # longest interval between calls of the caller's should_stop
 _QUEUED = 2  # chunks assigned to a worker at a time, so that it does not wait for the next one
 _MOST_LOSSES = 3  # give up after this many workers died of one chunk
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -62,6 +63,8 @@ class Pool:
         self.active: int | None = None
         self._workers = [_Worker(make()) for _ in range(count)]
         self._starting: dict[Any, tuple[_Worker, float]] = {}
+        self._arrived: SimpleQueue[Any] = SimpleQueue()
+        self._calls: dict[Any, tuple[_Worker, int, Any]] = {}
         waiting = [worker.actor.ready.remote() for worker in self._workers]
         done, late = self._ray.wait(waiting, num_returns=count, timeout=start_s)
         if late:
@@ -101,50 +104,68 @@ class Pool:
             Exception: an exception of a worker's own code is re-raised.
         """
         results: dict[int, Any] = {}
-        queue = deque(range(len(chunks)))
         losses: Counter[int] = Counter()
-        calls: dict[Any, tuple[_Worker, int]] = {}
+        self._chunks, self._give, self._queue = chunks, give, deque(range(len(chunks)))
         try:
+            self._feed(self._workers[: self.active])
             while len(results) < len(chunks):
-                for depth in range(1, _QUEUED + 1):  # every worker gets its first chunk before any gets a second
-                    for worker in self._workers[: self.active]:
-                        if queue and len(worker.at_hand) < depth:
-                            number = queue.popleft()
-                            worker.at_hand.append(number)
-                            calls[give(worker.actor, chunks[number])] = worker, number
                 self._look_for_workers()
-                done, _ = self._ray.wait([*calls, *self._starting], num_returns=1, timeout=_LOOK_S)
+                try:
+                    call = self._arrived.get(timeout=_LOOK_S)
+                except Empty:
+                    call = None
                 if should_stop is not None and should_stop():
                     raise RolloutInterrupted
-                for reference in done:
-                    if reference in self._starting:
-                        self._welcome(reference)
-                        continue
-                    if reference not in calls:
-                        continue  # the call of a worker that was just lost
-                    worker, number = calls.pop(reference)
-                    try:
-                        results[number] = self._ray.get(reference)
-                        worker.at_hand.remove(number)
-                    except self._deaths as error:
-                        losses.update([worker.at_hand[0]])
-                        if losses[worker.at_hand[0]] >= _MOST_LOSSES:
-                            raise WorkersLostError(
-                                f"{_MOST_LOSSES} workers in a row died while processing the same chunk, the last with: "
-                                f"{_reason(error)}; if they ran out of memory, reduce --slots or --workers"
-                            ) from None
-                        queue.extendleft(reversed(worker.at_hand))
-                        for other in [key for key, (owner, _) in calls.items() if owner is worker]:
-                            del calls[other]
-                        self._replace(worker)
-                    except self._ray.exceptions.RayTaskError as error:
-                        raise self._why(error) from None
-                    except self._ray.exceptions.RayError as error:
-                        raise WorkersLostError(f"Ray failed: {_reason(error)}") from None
+                if call in self._starting:
+                    self._welcome(call)
+                    self._feed(self._workers[: self.active])
+                    continue
+                if call is None or call not in self._calls:
+                    continue  # that of a worker that was just lost, or of work that was given up
+                worker, number, _ = self._calls.pop(call)
+                try:
+                    results[number] = call.result()
+                    worker.at_hand.remove(number)
+                    self._feed((worker,))
+                except self._deaths as error:
+                    losses.update([worker.at_hand[0]])
+                    if losses[worker.at_hand[0]] >= _MOST_LOSSES:
+                        raise WorkersLostError(
+                            f"{_MOST_LOSSES} workers in a row died while processing the same chunk, the last with: "
+                            f"{_reason(error)}; if they ran out of memory, reduce --slots or --workers"
+                        ) from None
+                    self._queue.extendleft(reversed(worker.at_hand))
+                    for other in [key for key, (owner, *_) in self._calls.items() if owner is worker]:
+                        del self._calls[other]
+                    self._replace(worker)
+                    self._feed(self._workers[: self.active])
+                except self._ray.exceptions.RayTaskError as error:
+                    raise self._why(error) from None
+                except self._ray.exceptions.RayError as error:
+                    raise WorkersLostError(f"Ray failed: {_reason(error)}") from None
         except BaseException:
-            self._forget(calls)
+            self._forget()
             raise
         return [results[number] for number in range(len(chunks))]
+
+    def _feed(self, workers: Sequence[_Worker]) -> None:
+        """Give chunks to workers that have less than they may; every one gets its first before any gets a second."""
+        for depth in range(1, _QUEUED + 1):
+            for worker in workers:
+                if self._queue and len(worker.at_hand) < depth:
+                    number = self._queue.popleft()
+                    worker.at_hand.append(number)
+                    reference = self._give(worker.actor, self._chunks[number])
+                    self._calls[self._call(reference)] = worker, number, reference
+
+    def _call(self, reference: Any) -> Any:
+        """Return the future of a call; it is put into the queue of those that have arrived when it has.
+
+        Ray's own ``wait`` looks at all references each time, which takes too long for hundreds of workers.
+        """
+        future = reference.future()
+        future.add_done_callback(self._arrived.put)
+        return future
 
     def close(self) -> None:
         """Stop all workers."""
@@ -164,13 +185,13 @@ class Pool:
         self._end(worker)
         self.replaced += 1
         new = _Worker(self._make())
-        self._starting[new.actor.ready.remote()] = new, time.monotonic()
+        self._starting[self._call(new.actor.ready.remote())] = new, time.monotonic()
 
-    def _welcome(self, reference: Any) -> None:
+    def _welcome(self, call: Any) -> None:
         """Add a worker that has started, or drop one that failed to start."""
-        worker, _ = self._starting.pop(reference)
+        worker, _ = self._starting.pop(call)
         try:
-            self._ray.get(reference)
+            call.result()
         except self._ray.exceptions.RayError as error:
             if not self._workers and not self._starting:
                 raise WorkersLostError(f"no worker is left, and none can be started: {_reason(error)}") from None
@@ -185,10 +206,11 @@ class Pool:
         if first is None or time.monotonic() - first > self._start_s:
             raise WorkersLostError(f"no worker is left, and none could be started within {self._start_s:.0f} s")
 
-    def _forget(self, references: Iterable[Any]) -> None:
+    def _forget(self) -> None:
         """Cancel pending calls."""
-        for reference in references:
+        for _, _, reference in self._calls.values():
             self._ray.cancel(reference)
+        self._calls.clear()
         for worker in self._workers:
             worker.at_hand.clear()
 

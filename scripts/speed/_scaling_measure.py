@@ -13,7 +13,7 @@ import torch
 
 from es_flipout.cluster.connect import Connection
 from es_flipout.cluster.pool import Pool
-from es_flipout.cluster.sharded import Arrays, Generation, Outcome, Shard, ShardWorker
+from es_flipout.cluster.worker import Arrays, Generation, Outcome, Shard, ShardWorker
 from es_flipout.config import TrainConfig
 from es_flipout.rollout.builder import make_agent, make_one_env
 from es_flipout.rollout.episodes import MOMENT_BLOCK, start_seeds

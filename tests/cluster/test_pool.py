@@ -5,7 +5,9 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,21 +60,6 @@ def worker_class() -> type:
     return Worker
 
 
-class Noting:
-    """Ray, with a file for every result that arrives."""
-
-    def __init__(self, ray: Any, folder: Path) -> None:
-        self._ray, self._folder = ray, folder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ray, name)
-
-    def get(self, reference: Any) -> Any:
-        result = self._ray.get(reference)
-        (self._folder / f"has_{math.isqrt(result)}").touch()
-        return result
-
-
 MakePool = Callable[..., Pool]
 
 
@@ -81,11 +68,23 @@ def make_pool(connection: Connection, tmp_path: Path, request: pytest.FixtureReq
     def make(*arguments: Any, count: int = 2, start_s: float = 120.0) -> Pool:
         actor = connection.ray.remote(num_cpus=1)(worker_class())
         pool = Pool(connection, lambda: actor.remote(tmp_path, *arguments), count, start_s)
-        pool._ray = Noting(connection.ray, tmp_path)
+        note(pool, tmp_path)
         request.addfinalizer(pool.close)
         return pool
 
     return make
+
+
+def note(pool: Pool, folder: Path) -> None:
+    """Make a file for every result that arrives."""
+
+    def put(call: Any) -> None:
+        if call.exception() is None and isinstance(call.result(), int):
+            (folder / f"has_{math.isqrt(call.result())}").touch()
+        arrived.put(call)
+
+    arrived = pool._arrived
+    pool._arrived = SimpleNamespace(put=put, get=arrived.get)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def square(actor: Any, number: int) -> Any:
@@ -143,15 +142,11 @@ def test_what_the_work_raises(make_pool: MakePool) -> None:
     assert pool.work([3], square) == [9]
 
 
-def test_what_ray_raises(make_pool: MakePool, connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool, error = make_pool(count=1), connection.ray.exceptions.ObjectLostError("00" * 28, None, "")
-
-    def fail(reference: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(connection.ray, "get", fail)
+def test_what_ray_raises(make_pool: MakePool, connection: Connection) -> None:
+    pool, failed = make_pool(count=1), Future[int]()
+    failed.set_exception(connection.ray.exceptions.ObjectLostError("00" * 28, None, ""))
     with pytest.raises(WorkersLostError, match="Ray failed: Failed to retrieve object"):
-        pool.work([1], square)
+        pool.work([1], lambda actor, number: SimpleNamespace(future=lambda: failed))
 
 
 def test_interruption(make_pool: MakePool) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,10 @@ from torch import Tensor
 
 from es_flipout.cluster import sharded
 from es_flipout.cluster.connect import Connection
+from es_flipout.cluster.crew import Crew
 from es_flipout.cluster.pool import WorkersLostError
-from es_flipout.cluster.sharded import (
-    Block,
-    Generation,
-    Shard,
-    ShardedPlayer,
-    ShardWorker,
-    build_sharded,
-    settings_like,
-    shard_size,
-)
+from es_flipout.cluster.sharded import ShardedPlayer, build_sharded, shard_size, workers_per_actor
+from es_flipout.cluster.worker import Block, Generation, Shard, ShardWorker, packed, settings_like, unpacked
 from es_flipout.config import TrainConfig
 from es_flipout.envs.base import EnvironmentFailureError
 from es_flipout.errors import UserError
@@ -104,11 +98,37 @@ def test_shards_join_to_what_one_process_plays_to_the_bit(name: str) -> None:
     assert joined.moments.count == alone.moments.count == joined.env_steps
 
 
+def test_a_crew_of_processes_is_one_worker_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = place(HOPPER)
+    agent, strategy, _ = build(config)
+    population = strategy.ask()
+    seeds = start_seeds(population, config.task.episodes).numpy()
+    generation, weights = Generation(0, population.sigma, None, True), sharded._weights(population, agent)
+    message = packed((generation, Shard(0, seeds, 100)))
+    block = packed((generation, Block(0, torch.randn(72).numpy())))
+    alone, crew = ShardWorker(config, 72, 1), Crew(config, 32, 1, 2)
+    try:
+        assert crew.ready() == alone.ready()
+        found, expected = unpacked(crew.play_packed(message, weights)), unpacked(alone.play_packed(message, weights))
+        for field in dataclasses.fields(expected):
+            torch.testing.assert_close(getattr(found, field.name), getattr(expected, field.name), rtol=0, atol=0)
+        assert crew.sum_packed(block) == alone.sum_packed(block)
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        os.kill(next(iter(crew._processes._processes)), signal.SIGKILL)
+        with pytest.raises(SystemExit):
+            crew.play_packed(message, weights)
+    finally:
+        crew._processes.shutdown()
+
+
 @pytest.mark.usefixtures("connection")
+@pytest.mark.parametrize("in_crews", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_with_workers_that_are_killed_is_the_run_of_one_process_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_crews: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One is killed while it plays, the other while it sums its part of the update."""
+    if in_crews:
+        monkeypatch.setattr(sharded, "_MOST_ACTORS", 1)
     monkeypatch.setattr("es_flipout.perturbations.base.SOURCES_PER_BLOCK", 16)
     expected, alone = trained(HOPPER, tmp_path / "alone")
     monkeypatch.delattr(Population, "_draw")  # the training process draws nothing
@@ -118,14 +138,20 @@ def test_a_run_with_workers_that_are_killed_is_the_run_of_one_process_to_the_bit
     assert isinstance(player, ShardedPlayer)
     ray = player._connection.ray
     pids = ray.get([worker.actor.__ray_call__.remote(lambda self: os.getpid()) for worker in player.pool._workers])
+    if in_crews:
+        (worker,) = player.pool._workers
+        pids = ray.get(worker.actor.__ray_call__.remote(lambda crew: [*crew._processes._processes, os.getpid()]))[-2:]
     work, during = player.pool.work, [Shard, Block]
 
     def work_and_kill(chunks: Any, give: Any, should_stop: Any = None) -> list[Any]:
         def give_and_kill(actor: Any, chunk: Any) -> Any:
             reference = give(actor, chunk)
-            if during and (type(chunk), chunk.first) == (during[0], 32):
+            if during and (type(chunk), chunk.first) == (during[0], 0 if in_crews else 32):
                 del during[0]
-                os.kill(pids.pop(), signal.SIGKILL)
+                own = pids.pop()
+                if in_crews and not during:  # the actor of that process is gone, too: another one of the new crew's
+                    own = ray.get(actor.__ray_call__.remote(lambda crew: next(iter(crew._processes._processes))))
+                os.kill(own, signal.SIGKILL)
             return reference
 
         return work(chunks, give_and_kill, should_stop)
@@ -211,14 +237,14 @@ def on_a_card_of(free: int) -> type[ShardWorker]:
 
     class Worker(ShardWorker):
         def __init__(self, config: TrainConfig, size: int, threads: int) -> None:
-            from es_flipout.cluster import sharded
+            from es_flipout.cluster import worker
             from es_flipout.rollout import builder, plan
 
             def build(config: TrainConfig) -> builder.Parts:
                 agent, player = builder.device_player(config, torch.device("cpu"))
                 return builder.Parts(agent, builder.make_strategy(config, agent.module, "cpu"), player)
 
-            sharded.build = build  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
+            worker.build = build  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
             plan.free_bytes = lambda device: free
             super().__init__(config, size, threads)
 
@@ -280,6 +306,22 @@ def test_shards_are_whole_blocks(population: int, workers: int) -> None:
     whole = shard_size(population, workers, per_worker=1)
     assert whole % MOMENT_BLOCK == 0
     assert 0 <= whole - population / workers < MOMENT_BLOCK
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "nodes", "expected"),
+    [
+        (16, 1, [16], 1),
+        (32, 1, [16, 16], 16),
+        (40, 1, [16, 8, 16], 8),
+        (20, 1, [16, 16], 10),
+        (32, 2, [32, 32], 16),
+        (31, 1, [16, 15], 1),
+        (100, 1, [2, 2], 1),
+    ],
+)
+def test_many_workers_of_a_node_share_an_actor(workers: int, threads: int, nodes: list[int], expected: int) -> None:
+    assert workers_per_actor(workers, threads, nodes) == expected
 
 
 def connection_with(*nodes: int, gpus: int = 0) -> Connection:

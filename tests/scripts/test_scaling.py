@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from es_flipout.cluster.sharded import Generation, Shard, ShardWorker
+from es_flipout.cluster.worker import Generation, Shard, ShardWorker
 from es_flipout.rollout.builder import make_agent, make_one_env
 from scripts import report
 from scripts.speed import scaling
