@@ -82,6 +82,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self._workers)
 
+    @property
+    def actors(self) -> list[Any]:
+        """The actors that are at work."""
+        return [worker.actor for worker in self._workers]
+
     def work(
         self,
         chunks: Sequence[Chunk],

@@ -59,26 +59,36 @@ class ShardedPlayer(Player):
         per_actor: number of workers that share an actor.
         size: members per shard of a worker; an actor receives shards of ``per_actor`` times as many.
         warnings: warnings for the user about the use of the cluster.
-        WORKER: class of the actors.
+        connection: connection to Ray.
+        WORKER: class of the actors of one worker.
+        CREW: class of the actors that several workers share.
     """
 
-    WORKER: ClassVar[type[ShardWorker]] = ShardWorker
+    WORKER: ClassVar[type[Any]] = ShardWorker
+    CREW: ClassVar[type[Any]] = Crew
     needs_noise = False
 
-    def __init__(self, config: TrainConfig, home: LocalPlayer, reserve_cores: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        home: LocalPlayer,
+        reserve_cores: bool = True,
+        connection: Connection | None = None,
+    ) -> None:
         """Connect and start the workers.
 
         Args:
             config: configuration of the run.
             home: plays unperturbed policies in this process.
             reserve_cores: whether Ray reserves cores for these workers; otherwise they may share them with others.
+            connection: connection to Ray; by default one to the configured address.
 
         Raises:
             UserError: Ray is not installed, no cluster answers, no worker starts, or workers have other package
                 versions than this process.
         """
         self.agent, self.max_episode_steps, self._home = home.agent, home.max_episode_steps, home
-        self._connection = connection = Connection(config.compute.ray_address)
+        self.connection = connection = connection or Connection(config.compute.ray_address)
         self.workers, self.threads = _workers_and_threads(config, connection)
         self.warnings = _warnings(self.workers * self.threads, connection)
         gpus, per_worker, start_s = 0, _SHARDS_PER_WORKER, START_S
@@ -93,7 +103,7 @@ class ShardedPlayer(Player):
         if self.per_actor == 1:
             actor = connection.ray.remote(**options)(self.WORKER)
         else:
-            actor = connection.ray.remote(**options, max_concurrency=2)(Crew)
+            actor = connection.ray.remote(**options, max_concurrency=2)(self.CREW)
             arguments = *arguments, self.per_actor
         try:
             self.pool = Pool(connection, lambda: actor.remote(*arguments), self.workers // self.per_actor, start_s)
@@ -116,11 +126,11 @@ class ShardedPlayer(Player):
         episodes.check(population.size)
         generation = Generation(population.generation, population.sigma, episodes.step_cap, episodes.remove_alive_bonus)
         shards = _shard(episodes).split(self.size * self.per_actor)
-        weights = self._connection.ray.put(_weights(population, self.agent))
+        weights = self.connection.ray.put(_weights(population, self.agent))
         outcomes = self.pool.work(
             shards, lambda actor, shard: actor.play_packed.remote(packed((generation, shard)), weights), should_stop
         )
-        return Rollout.join([_rollout(unpacked(outcome)) for outcome in outcomes])
+        return Rollout.join([rollout_of(unpacked(outcome)) for outcome in outcomes])
 
     def weighted_sum(
         self, population: Population, u: Tensor, should_stop: ShouldStop | None = None
@@ -149,7 +159,7 @@ class ShardedPlayer(Player):
         """See :meth:`Player.close`."""
         if hasattr(self, "pool"):
             self.pool.close()
-        self._connection.close()
+        self.connection.close()
         self._home.close()
 
 
@@ -168,7 +178,8 @@ def _weights(population: Population, agent: Agent) -> Arrays:
     return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
 
 
-def _rollout(outcome: Outcome) -> Rollout:
+def rollout_of(outcome: Outcome) -> Rollout:
+    """Return the outcome of a shard as a rollout."""
     returns, lengths, total, squares = (
         torch.from_numpy(values) for values in (outcome.returns, outcome.lengths, outcome.total, outcome.squares)
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from es_flipout.cluster.sharded import shard_size
+from es_flipout.cluster.sharded import shard_size, workers_per_actor
+from es_flipout.perturbations.base import SOURCES_PER_BLOCK
 from es_flipout.rollout.episodes import MOMENT_BLOCK, MOMENT_JOBS
 
 FEWEST_MEMBERS = 32  # of a shard, as in es_flipout/cluster/sharded.py
@@ -18,20 +19,21 @@ FEWEST_MEMBERS = 32  # of a shard, as in es_flipout/cluster/sharded.py
 class Constants:
     """Seconds and bytes, all measured on one machine, with one thread."""
 
-    step_s: float  # of a worker, for one environment step with its policy
-    worker_member_s: float  # of a worker, for drawing a member's signs and starting its episode
+    step_s: float  # of a worker, for one environment step with its policy, while all cores do the same
+    worker_member_s: float  # of a worker, for drawing a member's signs and starting its episode, in the same way
     ask_member_s: float  # of the training process, for a member's signs and start state
     tell_member_s: float  # of the training process, for a member's rank and part of the gradient
     rank_member_s: float  # the part of tell_member_s that is ranks
     generation_s: float  # of the training process, for a generation, whatever its members
-    shard_s: float  # of the training process, for sending a shard and receiving its outcome
-    shard_member_s: float  # the same for each member of the shard
+    shard_s: float  # of the training process, for sending a message and receiving its answer
+    shard_member_s: float  # the same for each member of the message's shard
     add_s: float  # of the training process, for adding one number to a sum
     member_bytes: float  # memory of a member's signs
     weights_bytes: int  # mean weights and observation statistics
     shard_bytes: int  # of a shard and its outcome, without what grows with its members
     observations: int
     weights: int
+    seeds_member_s: float = 0.0  # the part of ask_member_s that is start states; it was not always measured
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Prediction:
 
     workers: int
     shards: int
+    messages: int
     play_s: float
     head_s: float
     shard_s: float
@@ -70,11 +73,11 @@ class Prediction:
     @property
     def next_bottleneck(self) -> str:
         """What costs most, apart from playing."""
-        parts = {"update in one process": self.head_s, "handling of shards": self.shard_s, "network": self.network_s}
+        parts = {"update": self.head_s, "handling of messages": self.shard_s, "network": self.network_s}
         return max(parts, key=lambda name: parts[name])
 
 
-def predict(c: Constants, members: int, episode_steps: float, cluster: Cluster, remedies: bool = False) -> Prediction:
+def predict(c: Constants, members: int, episode_steps: float, cluster: Cluster, remedies: bool = True) -> Prediction:
     """A generation of ``members`` with one episode each.
 
     Args:
@@ -82,8 +85,8 @@ def predict(c: Constants, members: int, episode_steps: float, cluster: Cluster, 
         members: ``P``.
         episode_steps: of every episode.
         cluster: where.
-        remedies: as if every node summed its own members' part of the gradient and handed its shards to its own cores, so
-            that the training process deals with nodes instead of members and cores.
+        remedies: whether many workers of a node share an actor, and workers sum the blocks of a large population's update;
+            otherwise the training process deals with every core, and sums all.
     """
     workers = max(min(cluster.nodes * cluster.cores, members // FEWEST_MEMBERS), 1)
     size = shard_size(members, workers)
@@ -92,23 +95,29 @@ def predict(c: Constants, members: int, episode_steps: float, cluster: Cluster, 
     play = turns * size * (episode_steps * c.step_s + c.worker_member_s)
     observed = math.ceil(min(members, MOMENT_JOBS) / MOMENT_BLOCK) * 16 * c.observations
     down, up = cluster.nodes * c.weights_bytes + 8 * members, 16 * members + observed
-    head = c.generation_s + members * (c.ask_member_s + c.tell_member_s)
-    units = shards
-    if remedies:
-        units = min(2 * cluster.nodes, shards)
-        play += turns * size * (c.tell_member_s - c.rank_member_s)
-        head = c.generation_s + members * c.rank_member_s + cluster.nodes * c.weights * c.add_s
-        down += 4 * members  # their ranks
-        up += 4 * cluster.nodes * c.weights  # their sums
-    traffic = down + up + units * c.shard_bytes
+    per_actor = workers_per_actor(workers, 1, [cluster.cores] * cluster.nodes) if remedies else 1
+    messages = math.ceil(shards / per_actor)
+    blocks = math.ceil(members / (2 * SOURCES_PER_BLOCK))
+    if remedies and blocks > 1:
+        head = c.generation_s + members * (c.seeds_member_s + c.rank_member_s)
+        head += blocks * (c.shard_s + c.weights * c.add_s)
+        # The workers draw their blocks again, and sum them.
+        of_block = c.ask_member_s - c.seeds_member_s + c.tell_member_s - c.rank_member_s
+        head += math.ceil(blocks * per_actor / workers) * 2 * SOURCES_PER_BLOCK * of_block
+        down += 4 * members
+        up += 4 * blocks * c.weights
+    else:
+        head = c.generation_s + members * (c.ask_member_s + c.tell_member_s)
+    traffic = down + up + messages * c.shard_bytes
     return Prediction(
         workers=workers,
         shards=shards,
+        messages=messages,
         play_s=play,
         head_s=head,
-        shard_s=units * c.shard_s + members * c.shard_member_s,
+        shard_s=messages * c.shard_s + members * c.shard_member_s,
         network_s=traffic * 8 / (cluster.gbit * 1e9),
-        bytes_down=down + units * c.shard_bytes // 2,
-        bytes_up=up + units * c.shard_bytes // 2,
+        bytes_down=down + messages * c.shard_bytes // 2,
+        bytes_up=up + messages * c.shard_bytes // 2,
         env_steps=round(members * episode_steps),
     )

@@ -1,13 +1,14 @@
 """Predict bytes, time and cost of a generation, up to a million members and a thousand nodes.
 
-python scripts/speed/scaling.py --out results/scaling_<hardware>_<yyyy-mm>     # about four minutes; nothing else should run
+python scripts/speed/scaling.py --out results/scaling_<hardware>_<yyyy-mm>     # about MINUTES minutes; nothing else should run
 python scripts/speed/scaling.py --out ... --render                             # only table.md (prices, network, node cores)
-python scripts/speed/scaling.py --quick                                        # seconds, into runs/scaling_quick
+python scripts/speed/scaling.py --quick                                        # a minute, into runs/scaling_quick
 
-The model is a sum of measured constants (``_scaling_model.py``): what a worker needs per step and per member, what the training
-process needs per member and per shard. Nothing in it is fitted to a training run. It is then checked against training with one
-and two Ray workers on this machine, and only after that applied to clusters that are not here. Assumed, not measured: the
-network, the price, and that the cores of a node do not slow each other down.
+The model is a sum of measured constants (``_scaling_model.py``): what a worker needs per step and per member while all workers
+play, what the training process needs per member and per message. Nothing in it is fitted to a training run. It is then
+checked against training with one and two Ray workers on this machine, which is measured in turn with the constants of the
+workers, and against a simulated cluster (``_scaling_cluster.py``), whose nodes sleep instead of playing. Only after that it
+is applied to clusters that are not here. Assumed, not measured: the network, and the price.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from scripts import report
+from scripts.speed._scaling_cluster import simulate
 from scripts.speed._scaling_measure import TASKS, measure, train
 from scripts.speed._scaling_model import Cluster, Constants, predict
 
@@ -38,6 +40,7 @@ def main() -> None:
         "--tasks", nargs="+", choices=[task.env_id for task in TASKS], default=[task.env_id for task in TASKS]
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="of the check")
+    parser.add_argument("--simulated", nargs=2, type=int, default=[100, 16], metavar=("NODES", "CORES"))
     parser.add_argument("--node-cores", type=int, default=16, help="cores of a node (assumed)")
     parser.add_argument("--gbit", type=float, default=10.0, help="network of the machine that trains (assumed)")
     parser.add_argument("--price-core-hour", type=float, default=0.04, help="dollars (assumed)")
@@ -48,43 +51,50 @@ def main() -> None:
 
 
 def measure_all(options: argparse.Namespace) -> None:
-    """Write ``constants.json``, ``runs.csv`` (the check) and ``environment.json``."""
+    """Write ``constants.json``, ``runs.csv``, ``shards.csv`` (the check), ``cluster.csv`` and ``environment.json``."""
     torch.set_num_threads(1)
     tasks = [
         dataclasses.replace(task, episode_steps=20 if options.quick else 200)
         for task in TASKS
         if task.env_id in options.tasks
     ]
+    (nodes, cores), sleeps = options.simulated, (0.0, 0.5)
     if options.quick:
-        tasks = tasks[:1]
+        tasks, nodes, sleeps = tasks[:1], 2, (0.0,)
     report.begin(options.out, report.config_of(options, "node_cores", "gbit", "price_core_hour"), fresh=True)
-    constants = {task.env_id: dataclasses.asdict(measure(task, options.quick)) for task in tasks}
-    report.write_json(options.out / "constants.json", constants)
+    for name in ("shards", "cluster"):
+        (options.out / f"{name}.csv").unlink(missing_ok=True)
+    constants = {task.env_id: measure(task, options.quick) for task in tasks}
     population, generations = (128, 3) if options.quick else (256, 5)
     for task in tasks:
         for workers in options.workers:
             fixed = {"task": task.env_id, "workers": workers, "population": population}
-            played = train(task, workers, population, generations)
-            rows: report.Rows = [
-                {**fixed, "generation": number, "env_steps": env_steps, "seconds": seconds}
-                for number, (env_steps, seconds) in enumerate(played)
-            ]
-            report.append_csv(options.out / "runs.csv", rows)
-            print(f"{task.env_id}, {workers} workers: {median(s for _, s in played):.3f} s a generation", flush=True)
+            played, shards = train(task, workers, population, generations)
+            report.append_csv(options.out / "runs.csv", [{**fixed, **row} for row in played])
+            report.append_csv(options.out / "shards.csv", [{**fixed, **row} for row in shards])
+            print(f"{task.env_id}, {workers} workers: measured", flush=True)
+    under_load = worker_constants(options.out)
+    whole = {name: own | under_load[name, max(options.workers)] for name, own in constants.items()}
+    report.write_json(options.out / "constants.json", whole)
+    for sleep_s in sleeps:
+        report.append_csv(options.out / "cluster.csv", simulate(tasks[0], nodes, cores, generations, sleep_s))
 
 
 def table(options: argparse.Namespace) -> str:
-    """The constants, the check, and the predictions, in Markdown."""
+    """The constants, the checks, and the predictions, in Markdown."""
     constants = {name: Constants(**c) for name, c in report.read_json(options.out / "constants.json").items()}
     measured = ((label, *(show(c) for c in constants.values())) for label, show in CONSTANTS.items())
-    text = "**Measured on one core**\n\n" + report.markdown("".join(f"| {name}" for name in constants), measured)
+    text = "**Measured**\n\n" + report.markdown("".join(f"| {name}" for name in constants), measured)
     text += (
         "\n**The model against training with Ray workers on this machine** (generations after the first; median, least to "
         "most)\n\n"
     )
     header = "task | workers | members | steps an episode | predicted | measured | measured ÷ predicted"
     text += report.markdown(header, check(options.out, constants))
-    for remedies, title in ((False, "As it is"), (True, "With both remedies (not built)")):
+    if (options.out / "cluster.csv").exists():
+        text += "\n**A simulated cluster**: real messages and updates, nodes that sleep (medians of generations)\n\n"
+        text += report.markdown(SIMULATED, simulated(options.out))
+    for remedies, title in ((True, "As it is"), (False, "Every core for itself, and the update in one process")):
         text += (
             f"\n**{title}**: episodes of 1,000 steps, nodes of {options.node_cores} cores, {options.gbit:g} Gbit/s and "
             f"${options.price_core_hour:g} for a core-hour (the last three are assumed)\n\n"
@@ -93,20 +103,54 @@ def table(options: argparse.Namespace) -> str:
     return text
 
 
+def worker_constants(out: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """Seconds of a worker for a step and a member, by task and number of workers: medians over the times of the slowest."""
+    found = {}
+    if not (out / "shards.csv").exists():
+        return {}
+    for (task, workers), own in report.groups(report.read_csv(out / "shards.csv"), "task", "workers"):
+        slowest = own.groupby("generation").max().median(numeric_only=True)
+        short, whole = slowest["short_s"] / slowest["members"], slowest["whole_s"] / slowest["members"]
+        step_s = (whole - short) / (slowest["whole_steps"] - slowest["short_steps"])
+        member_s = max(short - slowest["short_steps"] * step_s, 0.0)
+        found[task, int(workers)] = {"step_s": float(step_s), "worker_member_s": float(member_s)}
+    return found
+
+
 def check(out: Path, constants: dict[str, Constants]) -> list[tuple[object, ...]]:
     """Generations of training beside their prediction."""
-    rows, played = [], report.read_csv(out / "runs.csv")
+    rows, played, under_load = [], report.read_csv(out / "runs.csv"), worker_constants(out)
     for (task, workers, population), own in report.groups(played, "task", "workers", "population"):
         steps = mean(own["env_steps"]) / population
-        predicted = predict(constants[task], population, steps, Cluster(1, workers, math.inf)).seconds
+        here = dataclasses.replace(constants[task], **under_load.get((task, workers), {}))
+        predicted = predict(here, population, steps, Cluster(1, workers, math.inf)).seconds
         ratio = f"{median(own['seconds']) / predicted:.2f}"
         seconds = report.spread(own["seconds"], _time)
         rows.append((task, workers, population, f"{steps:.0f}", _time(predicted), seconds, ratio))
     return rows
 
 
+SIMULATED = (
+    "nodes | cores of each | members | messages | shards | a node's time for a message | generation | update | "
+    "processor time of the training process: a message | a shard | update"
+)
+
+
+def simulated(out: Path) -> list[tuple[object, ...]]:
+    """The simulated cluster: seconds on the clock, and of the training process's processor."""
+    rows = []
+    sizes = ("nodes", "cores", "members", "messages", "shards", "sleep_s")
+    for (*counts, sleep_s), own in report.groups(report.read_csv(out / "cluster.csv"), *sizes):
+        middle = own.median(numeric_only=True)
+        clock = (sleep_s, middle["play_s"] + middle["update_s"], middle["update_s"])
+        play_s = middle["play_cpu_s"]
+        head = (play_s / middle["messages"], play_s / middle["shards"], middle["update_cpu_s"])
+        rows.append((*(f"{count:,}" for count in counts), *map(_time, clock), *map(_time, head)))
+    return rows
+
+
 PREDICTED = (
-    "task | members | nodes | shards | down | up | playing | shards handled | update | network | generation | "
+    "task | members | nodes | messages | down | up | playing | messages handled | update | network | generation | "
     "time at play | env steps/s | dollars a generation | next bottleneck"
 )
 
@@ -121,7 +165,7 @@ def predictions(
             p = predict(c, members, 1000, Cluster(nodes, options.node_cores, options.gbit), remedies)
             dollars = p.seconds / 3600 * nodes * options.node_cores * options.price_core_hour
             seconds = (p.play_s, p.shard_s, p.head_s, p.network_s, p.seconds)
-            counts = (f"{members:,}", f"{nodes:,}", f"{p.shards:,}", _bytes(p.bytes_down), _bytes(p.bytes_up))
+            counts = (f"{members:,}", f"{nodes:,}", f"{p.messages:,}", _bytes(p.bytes_down), _bytes(p.bytes_up))
             rates = (f"{p.at_play:.0%}", f"{p.env_steps / p.seconds:,.0f}", f"{dollars:.3g}")
             rows.append((name, *counts, *map(_time, seconds), *rates, p.next_bottleneck))
     return rows
@@ -134,8 +178,8 @@ CONSTANTS: dict[str, Callable[[Constants], str]] = {
     "training process: a member's rank and part of the gradient": lambda c: f"{c.tell_member_s * 1e6:.2f} µs",
     "of this, its rank": lambda c: f"{c.rank_member_s * 1e6:.2f} µs",
     "training process: a generation, whatever its members": lambda c: f"{c.generation_s * 1e3:.2f} ms",
-    "training process: a shard through Ray, there and back": lambda c: f"{c.shard_s * 1e3:.2f} ms",
-    "the same, for each of its members": lambda c: f"{c.shard_member_s * 1e6:.2f} µs",
+    "training process: a message through Ray and its answer": lambda c: f"{c.shard_s * 1e3:.2f} ms",
+    "the same, for each member of its shard": lambda c: f"{c.shard_member_s * 1e6:.2f} µs",
     "training process: memory of a member's signs": lambda c: _bytes(round(c.member_bytes)),
     "mean weights and observation statistics": lambda c: _bytes(c.weights_bytes),
     "a shard and its outcome, without its members": lambda c: _bytes(c.shard_bytes),

@@ -88,7 +88,7 @@ def test_shards_join_to_what_one_process_plays_to_the_bit(name: str) -> None:
     for first, part in zip((0, 32, 64), seeds.split(32), strict=True):
         worker = ShardWorker(config, 32, 1)
         outcome = worker.play(generation, Shard(first, part.numpy(), part.numel()), weights)
-        parts.append(sharded._rollout(outcome))
+        parts.append(sharded.rollout_of(outcome))
     joined = Rollout.join(parts)
     assert torch.equal(joined.episode_returns, alone.episode_returns)
     assert torch.equal(joined.lengths, alone.lengths)
@@ -136,7 +136,7 @@ def test_a_run_with_workers_that_are_killed_is_the_run_of_one_process_to_the_bit
     trainer.create()
     player = trainer.player
     assert isinstance(player, ShardedPlayer)
-    ray = player._connection.ray
+    ray = player.connection.ray
     pids = ray.get([worker.actor.__ray_call__.remote(lambda self: os.getpid()) for worker in player.pool._workers])
     if in_crews:
         (worker,) = player.pool._workers
@@ -224,7 +224,7 @@ def test_errors_of_an_environment_come_through() -> None:
 
             worker._player.envs[0].step = fail
 
-        player._connection.ray.get(actor.__ray_call__.remote(spoil))
+        player.connection.ray.get(actor.__ray_call__.remote(spoil))
         trainer = make_trainer(config, build=lambda config, say: build(config)._replace(player=player))
         with pytest.raises(EnvironmentFailureError, match="MountainCar-v0: broken"):
             trainer.generation()
@@ -267,7 +267,7 @@ def test_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     _, strategy, alone = build(here)
     _, home = local_player(here, 1)
     player = ShardedPlayer(config, home)
-    ray = player._connection.ray
+    ray = player.connection.ray
     try:
         assert (player.workers, player.size) == (2, 48)
         seen = []
