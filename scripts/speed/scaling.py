@@ -1,6 +1,6 @@
 """Predict bytes, time and cost of a generation, up to a million members and a thousand nodes.
 
-python scripts/speed/scaling.py --out results/scaling_<hardware>_<yyyy-mm>     # about MINUTES minutes; nothing else should run
+python scripts/speed/scaling.py --out results/scaling_<hardware>_<yyyy-mm>     # about ten minutes; nothing else should run
 python scripts/speed/scaling.py --out ... --render                             # only table.md (prices, network, node cores)
 python scripts/speed/scaling.py --quick                                        # a minute, into runs/scaling_quick
 
