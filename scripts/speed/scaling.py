@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
@@ -73,9 +74,11 @@ def measure_all(options: argparse.Namespace) -> None:
             report.append_csv(options.out / "runs.csv", [{**fixed, **row} for row in played])
             report.append_csv(options.out / "shards.csv", [{**fixed, **row} for row in shards])
             print(f"{task.env_id}, {workers} workers: measured", flush=True)
-    under_load = worker_constants(options.out)
-    whole = {name: own | under_load[name, max(options.workers)] for name, own in constants.items()}
-    report.write_json(options.out / "constants.json", whole)
+    beside = worker_constants(options.out)
+    for name, own in constants.items():
+        under_load = beside[name, max(options.workers)]
+        own |= {key: median(here[key] for here in under_load) for key in under_load[0]}
+    report.write_json(options.out / "constants.json", constants)
     for sleep_s in sleeps:
         report.append_csv(options.out / "cluster.csv", simulate(tasks[0], nodes, cores, generations, sleep_s))
 
@@ -103,30 +106,37 @@ def table(options: argparse.Namespace) -> str:
     return text
 
 
-def worker_constants(out: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """Seconds of a worker for a step and a member, by task and number of workers: medians over the times of the slowest."""
-    found = {}
+def worker_constants(out: Path) -> dict[tuple[str, int], list[dict[str, float]]]:
+    """Seconds of the slowest worker for a step and a member, by task and number of workers, beside every generation."""
     if not (out / "shards.csv").exists():
         return {}
-    for (task, workers), own in report.groups(report.read_csv(out / "shards.csv"), "task", "workers"):
-        slowest = own.groupby("generation").max().median(numeric_only=True)
+    found = defaultdict(list)
+    shards = report.read_csv(out / "shards.csv")
+    for (task, workers, _), own in report.groups(shards, "task", "workers", "generation"):
+        slowest = own.max(numeric_only=True)
         short, whole = slowest["short_s"] / slowest["members"], slowest["whole_s"] / slowest["members"]
         step_s = (whole - short) / (slowest["whole_steps"] - slowest["short_steps"])
         member_s = max(short - slowest["short_steps"] * step_s, 0.0)
-        found[task, int(workers)] = {"step_s": float(step_s), "worker_member_s": float(member_s)}
+        found[task, int(workers)].append({"step_s": float(step_s), "worker_member_s": float(member_s)})
     return found
 
 
 def check(out: Path, constants: dict[str, Constants]) -> list[tuple[object, ...]]:
-    """Generations of training beside their prediction."""
-    rows, played, under_load = [], report.read_csv(out / "runs.csv"), worker_constants(out)
+    """Generations of training beside their prediction; ratios are those of a generation and what was measured beside it."""
+    rows, played, beside = [], report.read_csv(out / "runs.csv"), worker_constants(out)
     for (task, workers, population), own in report.groups(played, "task", "workers", "population"):
         steps = mean(own["env_steps"]) / population
-        here = dataclasses.replace(constants[task], **under_load.get((task, workers), {}))
-        predicted = predict(here, population, steps, Cluster(1, workers, math.inf)).seconds
-        ratio = f"{median(own['seconds']) / predicted:.2f}"
+        predicted = [
+            predict(
+                dataclasses.replace(constants[task], **here), population, steps, Cluster(1, workers, math.inf)
+            ).seconds
+            for here in beside.get((task, workers), [{}] * len(own))
+        ]
+        ratios = [measured / expected for measured, expected in zip(own["seconds"], predicted, strict=True)]
         seconds = report.spread(own["seconds"], _time)
-        rows.append((task, workers, population, f"{steps:.0f}", _time(predicted), seconds, ratio))
+        rows.append(
+            (task, workers, population, f"{steps:.0f}", _time(median(predicted)), seconds, report.spread(ratios, ".2f"))
+        )
     return rows
 
 
