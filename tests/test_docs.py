@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.checks.container import USER, base_image
 from scripts.checks.dockerfile import instructions
 
 ROOT = Path(__file__).parents[1]
@@ -93,4 +94,6 @@ def test_steps_of_the_dockerfile_are_read_as_they_are_written() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(extras.removeprefix("EXTRAS=").split(",")) <= set(project["optional-dependencies"])
     assert dockerfile[-1] == ("CMD", '["es-flipout", "train", "HalfCheetah-v5"]')
-    assert ("USER", "1000") in dockerfile
+    assert ("USER", str(USER)) in dockerfile
+    assert base_image({}) == "docker.io/library/debian:bookworm-slim"
+    assert base_image({"DEBIAN": "trixie"}) == "docker.io/library/debian:trixie-slim"
