@@ -22,7 +22,7 @@ from es_flipout.envs.base import EnvironmentFailureError
 from es_flipout.envs.generators import Rng
 from es_flipout.envs.mujoco_contact import ContactForceBatch
 from es_flipout.envs.mujoco_task import ModelFacts, MujocoTask
-from es_flipout.envs.native import NativeBatchEnv
+from es_flipout.envs.native import ArrayOutcome, NativeBatchEnv
 
 _BAD_STATE = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADCTRL) + 1)
 _STAGE_NONE = int(mujoco.mjtStage.mjSTAGE_NONE)
@@ -106,6 +106,7 @@ class MujocoBatchEnv(NativeBatchEnv):
             name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *derived)
         }
         self._elapsed = np.zeros(num_envs, np.int64)
+        self._steps_left = 0  # no slot reaches the time limit before so many steps
         self._no_slot = torch.zeros(num_envs, dtype=torch.bool)
         self.batch.reset()
         observation_shape = self._observe().shape[1:]
@@ -134,11 +135,19 @@ class MujocoBatchEnv(NativeBatchEnv):
             self._fields["qvel"][rows] = qvel
             self.batch.forward(rows)
             self._elapsed[rows] = 0
+            if self.max_episode_steps is not None:
+                self._steps_left = self.max_episode_steps - int(self._elapsed.max())
         return torch.from_numpy(self._observe())
 
-    @np.errstate(over="ignore", invalid="ignore")
     def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See :meth:`BatchEnv.step`."""
+        observation, reward, *ends = self.step_arrays(action, live)
+        terminated, truncated = (np.zeros(self.num_envs, np.bool_) if end is None else end for end in ends)
+        return observation, torch.from_numpy(reward), torch.from_numpy(terminated), torch.from_numpy(truncated)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def step_arrays(self, action: Tensor, live: Tensor | None = None) -> ArrayOutcome:
+        """See :meth:`SteppedInArrays.step_arrays`."""
         task, model, fields = self._task, self._model, self._fields
         mask = None if live is None else live.numpy()
         frozen = None if mask is None or mask.all() else ~mask
@@ -151,23 +160,19 @@ class MujocoBatchEnv(NativeBatchEnv):
             raise EnvironmentFailureError(f"{self.env_id}: {error}") from error
         observation = self._observe()
         reward, terminated = task.outcome(np, model, fields, before, actions)
-        if terminated is None:
-            terminated = np.zeros(self.num_envs, np.bool_)
         if frozen is not None:
             reward[frozen] = 0.0
-            terminated[frozen] = False
+            if terminated is not None:
+                terminated[frozen] = False
         # the sum reveals whether any number in the batch is non-finite
-        if np.count_nonzero(self.batch.warning) or not math.isfinite(observation.sum() + reward.sum()):
+        total = np.add.reduce(observation, axis=None) + np.add.reduce(reward)
+        if np.count_nonzero(self.batch.warning) or not math.isfinite(total):
+            if terminated is None:
+                terminated = np.zeros(self.num_envs, np.bool_)
             observation = self._contain(observation, reward, terminated, frozen)
         else:
             self.diverged = self._no_slot
-        truncated = self._count_step(frozen)
-        return (
-            torch.from_numpy(observation),
-            torch.from_numpy(reward),
-            torch.from_numpy(terminated),
-            torch.from_numpy(truncated),
-        )
+        return torch.from_numpy(observation), reward, terminated, self._count_step(frozen)
 
     def _actions(self, action: Tensor) -> NDArray[np.floating]:
         """Convert actions to NumPy, in their own dtype if NumPy and Gymnasium support it."""
@@ -176,16 +181,17 @@ class MujocoBatchEnv(NativeBatchEnv):
             raise ValueError(f"{self.env_id}: actions must have shape {expected}, got {tuple(action.shape)}")
         if action.dtype not in (torch.float32, torch.float64):
             action = action.float()
-        return action.numpy(force=True)
+        return action.numpy(force=action.requires_grad or action.device.type != "cpu")
 
     def _observe(self) -> NDArray[np.float64]:
         return self._task.observation(np, self._model, self._fields)
 
-    def _count_step(self, frozen: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-        """Count a step of the slots that are not frozen, and return those that reached the time limit."""
+    def _count_step(self, frozen: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """Count a step of the slots that are not frozen, and return those that reached the time limit; None for none."""
         self._elapsed += 1 if frozen is None else ~frozen
-        if self.max_episode_steps is None:
-            return np.zeros(self.num_envs, np.bool_)
+        self._steps_left -= 1
+        if self.max_episode_steps is None or self._steps_left > 0:
+            return None
         truncated = self._elapsed >= self.max_episode_steps
         if frozen is not None:
             truncated[frozen] = False

@@ -29,6 +29,8 @@ Task = TypeVar("Task")
 _FEWEST_TOGETHER, _CHECKED = 64, 4
 _CHUNK = 1024  # starts whose numbers fit into a core's cache
 
+ArrayOutcome = tuple[Tensor, NDArray[np.float64], NDArray[np.bool_] | None, NDArray[np.bool_] | None]
+
 NO_TIME_LIMIT = -1  # what gymnasium.make calls "no time limit"
 
 
@@ -153,6 +155,15 @@ class SteppedInParts(Protocol):
 
     def end_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the outcome of the step, as ``step`` does."""
+        ...
+
+
+@runtime_checkable
+class SteppedInArrays(Protocol):
+    """An environment on the host whose results are NumPy's: converting them takes as long as some of its computations."""
+
+    def step_arrays(self, action: Tensor, live: Tensor | None = None) -> ArrayOutcome:
+        """Do what ``step`` does; rewards and ends are NumPy arrays, ``terminated`` or ``truncated`` None if no slot is."""
         ...
 
 

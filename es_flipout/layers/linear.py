@@ -14,13 +14,14 @@ class PopulationLinear(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, ..., in)`` to ``(n, ..., out)``."""
-        return self.over_rows(self._forward, x)
+        return self._forward(x) if self.place.token is None else self.over_rows(self._forward, x)
 
     # Twins have no hooks, and checking for hooks takes longer than computing a small layer.
     __call__ = forward
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self.place.weights["weight"].linear(x, self.bias_rows())
+        perturbation, rows = self.place.weights["weight"]
+        return perturbation.linear(x, rows, self.bias_rows())
 
 
 class PopulationBilinear(Leaf):

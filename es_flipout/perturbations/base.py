@@ -222,10 +222,10 @@ def over_rows(row_values: Tensor, like: Tensor) -> Tensor:
 
 def mean_linear(x: Tensor, weight_t: Tensor, bias_rows: Tensor | None) -> Tensor:
     """Compute ``x @ weight_t`` plus the bias of each row: ``(n, ..., in)`` to ``(n, ..., out)``."""
+    if x.ndim == 2:
+        return torch.mm(x, weight_t) if bias_rows is None else torch.addmm(bias_rows, x, weight_t)
     if bias_rows is None:
         return x @ weight_t
-    if x.ndim == 2:
-        return torch.addmm(bias_rows, x, weight_t)
     return (x @ weight_t).add_(over_rows(bias_rows, x))
 
 

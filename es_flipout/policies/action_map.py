@@ -30,11 +30,12 @@ class ActionMap:
     def __init__(self, space: gymnasium.Space, squash: Literal["clip", "tanh"] = "clip") -> None:
         self.space = space
         self.squash = squash
+        self._is_box = False
         if isinstance(space, gymnasium.spaces.Discrete):
             self.size = int(space.n)
             self.start = int(space.start)
         elif isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
-            self.size = space.shape[0]
+            self.size, self._is_box = space.shape[0], True
             low = torch.as_tensor(space.low, dtype=torch.float32)
             high = torch.as_tensor(space.high, dtype=torch.float32)
             self.bounded = torch.isfinite(low) & torch.isfinite(high)
@@ -65,17 +66,17 @@ class ActionMap:
 
     def __call__(self, output: Tensor) -> Tensor:
         """Map outputs ``(n, size)`` to actions: ``(n,)`` int64 (Discrete), ``(n, A)`` floating-point (Box) or int64."""
+        if self._is_box:
+            action = output.clamp(-1, 1) if self.squash == "clip" else output.tanh()
+            if self.is_unit:
+                return action
+            action = torch.where(self.bounded, self.middle + self.half_range * action, output)
+            return action.clamp(self.low, self.high)  # rounding may have left the space
         if isinstance(self.space, gymnasium.spaces.Discrete):
             return output.argmax(-1) + self.start
         if isinstance(self.space, gymnasium.spaces.MultiDiscrete):
             return torch.stack([entry.argmax(-1) for entry in output.split(self.choices, -1)], -1) + self.starts
-        if isinstance(self.space, gymnasium.spaces.MultiBinary):
-            return (output > 0).long()
-        action = output.clamp(-1, 1) if self.squash == "clip" else output.tanh()
-        if self.is_unit:
-            return action
-        action = torch.where(self.bounded, self.middle + self.half_range * action, output)
-        return action.clamp(self.low, self.high)  # rounding may have left the space
+        return (output > 0).long()
 
 
 def check_observation_space(space: gymnasium.Space) -> int:

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from es_flipout.envs.base import BatchEnv
-from es_flipout.envs.native import NativeBatchEnv
+from es_flipout.envs.native import ArrayOutcome, NativeBatchEnv, SteppedInArrays
 from es_flipout.envs.observed import ObservedBatchEnv
 from es_flipout.policies.action_map import ActionMap
 from es_flipout.policies.observation_norm import Identity
@@ -37,7 +38,8 @@ from es_flipout.rollout.episodes import (
 )
 from es_flipout.strategy.population import Population
 
-_Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # the result of BatchEnv.step
+_Outcome = tuple[Tensor, Tensor, Tensor, Tensor] | ArrayOutcome  # of a step
+_Numbers = Tensor | NDArray[Any]
 
 
 class PopulationLike(Protocol):
@@ -71,6 +73,7 @@ class PolicyBatch(Protocol):
         ...
 
 
+@torch.no_grad()
 def run(
     population: PopulationLike,
     env: BatchEnv | Sequence[BatchEnv],
@@ -122,7 +125,7 @@ def _run_alone(lane: Lane, should_stop: ShouldStop | None) -> None:
     while lane.any_live:
         if should_stop is not None and should_stop():
             raise RolloutInterrupted
-        lane.absorb(*lane.env.step(lane.act(), lane.live_mask))
+        lane.absorb(*lane.step(lane.act(), lane.live_mask))
 
 
 def _run_overlapped(lanes: list[Lane], should_stop: ShouldStop | None) -> None:
@@ -174,9 +177,13 @@ class _Stepper:
     def _run(self) -> None:
         while (action := self._todo.get()) is not None:
             try:
-                self._done.put(self.lane.env.step(action, self.lane.live_mask))
+                self._done.put(self.lane.step(action, self.lane.live_mask))
             except BaseException as error:
                 self._done.put(error)
+
+
+def _array(values: Tensor | NDArray[Any]) -> NDArray[Any]:
+    return values.cpu().numpy() if isinstance(values, Tensor) else values
 
 
 class Jobs:
@@ -252,16 +259,20 @@ class Lane:
         slots = env.num_envs
         self.env, self.population, self.jobs = env, population, jobs
         self.norm, self.actions = norm, actions
+        self.step: Callable[..., _Outcome] = env.step_arrays if isinstance(env, SteppedInArrays) else env.step
         self.job = torch.zeros(slots, dtype=torch.int64)
         self.live = torch.zeros(slots, dtype=torch.bool)
         self.elapsed = torch.zeros(slots, dtype=torch.int64)
         self.returns = torch.zeros(slots, dtype=torch.float64)
+        self._views = self.returns.numpy(), self.elapsed.numpy()
         self.total = torch.zeros(slots, jobs.total.shape[1] if jobs.observed else 0, dtype=torch.float64)
         self.squares = torch.zeros_like(self.total)
         self.state = population.initial_state(slots)
+        self._on_host = population.device.type == env.device.type == "cpu"
         self.obs = torch.zeros(0)
         self.caps = torch.zeros(slots, dtype=torch.int64)
         self.cap = jobs.cap if jobs.segments is None else self.caps.numpy()
+        self.steps_left = 0  # no slot reaches its cap before so many steps
         self._begin(torch.arange(slots))
         self.any_live = bool(self.live.any())
         if self.any_live:
@@ -288,6 +299,8 @@ class Lane:
             mask = torch.zeros_like(self.live)
             mask[started] = True
             self.obs = self._start(new, started, mask).cpu()
+        if self.cap is not None:
+            self.steps_left = int(np.min(self.cap - self.elapsed.numpy()))
         return started
 
     def _start(self, jobs: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
@@ -316,8 +329,11 @@ class Lane:
             self.total += obs
             self.squares.addcmul_(obs, obs)
         x = obs if self.rows is None else obs[self.rows]
-        # Statistics are on the host, like the observations.
-        action = self.actions(self._outputs(self.norm(x).to(self.population.device))).to(self.env.device)
+        x = self.norm(x)  # statistics are on the host, like the observations
+        if self._on_host:
+            action = self.actions(self._outputs(x))
+        else:
+            action = self.actions(self._outputs(x.to(self.population.device))).to(self.env.device)
         if self.rows is None:
             return action
         full = action.new_zeros(len(self.live), *action.shape[1:])
@@ -334,18 +350,23 @@ class Lane:
             output, self.state[self.rows] = self.policy(x, self.state[self.rows])
         return output
 
-    def absorb(self, obs: Tensor, reward: Tensor, terminated: Tensor, truncated: Tensor) -> None:
+    def absorb(self, obs: Tensor, reward: _Numbers, terminated: _Numbers | None, truncated: _Numbers | None) -> None:
         """Process the outcome of a step: end episodes and start the next jobs."""
-        if obs.device.type != "cpu":
-            obs, reward, terminated, truncated = obs.cpu(), reward.cpu(), terminated.cpu(), truncated.cpu()
-        self.obs = obs
+        self.obs = obs.cpu()
         # NumPy, because after physics, with cold caches, torch operations on a few hundred numbers take several times
         # as long.
-        returns, elapsed = self.returns.numpy(), self.elapsed.numpy()
-        np.add(returns, reward.numpy(), out=returns)
+        returns, elapsed = self._views
+        np.add(returns, _array(reward), out=returns)
         np.add(elapsed, 1, out=elapsed)
-        over = terminated.numpy() | truncated.numpy()
-        done = over if self.cap is None else over | (self.live.numpy() & (elapsed >= self.cap))
+        self.steps_left -= 1
+        at_cap = self.cap is not None and self.steps_left <= 0
+        if terminated is None and truncated is None and not at_cap:
+            return
+        over = np.zeros(len(elapsed), np.bool_)
+        for ended in (terminated, truncated):
+            if ended is not None:
+                over |= _array(ended)
+        done = over | (self.live.numpy() & (elapsed >= self.cap)) if at_cap else over
         if np.count_nonzero(done):
             self.end(torch.from_numpy(done.nonzero()[0]), torch.from_numpy(over))
 

@@ -57,7 +57,6 @@ class Selection:
         """Return the objects whose tensors a forward reads, in an order that is the same for all selections."""
         return tuple(block.weights for block in self._blocks)
 
-    @torch.no_grad()
     def __call__(self, *inputs: Any) -> Any:
         """Compute :meth:`Population.__call__` for the selected members: ``(n, ..., in)`` to ``(n, ..., out)``.
 
@@ -67,7 +66,10 @@ class Selection:
         for x in tensors_in(inputs):
             if len(x) != self._size:
                 raise ValueError(f"input must have {self._size} rows, got {len(x)}")
-        return in_blocks(self._forward_block, inputs, self._size, self._row_block)
+        if not torch.is_grad_enabled():  # a rollout turns gradients off once, not in every step
+            return in_blocks(self._forward_block, inputs, self._size, self._row_block)
+        with torch.no_grad():
+            return in_blocks(self._forward_block, inputs, self._size, self._row_block)
 
     def _forward_block(self, block: int, inputs: tuple[Any, ...]) -> Any:
         here, conversion = self._blocks[block], self._conversion
