@@ -11,7 +11,10 @@
 Ant, Humanoid and HumanoidStandup need contact forces, which ``mj_step`` does not compute; ``physics_and_forces`` is the
 bare physics with them (``mj_rnePostConstraint`` after each step, as in Gymnasium).
 
-Episode length is chosen to fit the duration of a measurement, up to the environment's own limit. If episodes ended
+With ``--preset``, training with the preset of the environment (its population, policy and segments of episodes) is measured, too:
+episodes have full length, and a measurement is as many generations as fit.
+
+Otherwise, episode length is chosen to fit the duration of a measurement, up to the environment's own limit. If episodes ended
 early, training and bare physics would do different work, so falling does not end the episodes of walkers and humanoids
 (``terminate_when_unhealthy=False``).
 """
@@ -20,10 +23,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,17 +39,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from typing_extensions import override
 
-from es_flipout.bench.contenders import WrappedEnv
 from es_flipout.bench.timing import Measure, Measured, Record, interleave, measured_points, repeated, timed
 from es_flipout.config import TrainConfig
-from es_flipout.envs import BatchEnv, make_env
+from es_flipout.envs import make_env
 from es_flipout.envs.mujoco_contact import ContactForceBatch
 from es_flipout.envs.mujoco_cpu import MujocoBatchEnv, usable_cores
+from es_flipout.envs.native import ArrayOutcome
 from es_flipout.errors import UserError
 from es_flipout.policies.agent import Agent
-from es_flipout.rollout.builder import build
+from es_flipout.presets import preset
 from es_flipout.rollout.players import LocalPlayer
 from es_flipout.training.setup import make_trainer
 from es_flipout.training.trainer import Trainer
@@ -66,6 +68,8 @@ class RolloutBench:
     """MuJoCo environments."""
     populations: tuple[int, ...] = (128, 256, 512)
     """Population sizes."""
+    preset: bool = False
+    """Also measure training with the preset of each environment."""
     rounds: int = 5
     """Number of rounds; medians over rounds are shown."""
     seconds: float = 3.0
@@ -92,10 +96,15 @@ def run(options: RolloutBench, console: Console) -> dict[str, Any]:
     """
     record = Record("bench rollout", asdict(options), ("rollout",), options.json, options.resume)
     results: list[dict[str, Any]] = []
-    for env_id, population in product(options.env_ids, options.populations):
-        with console.status(f"{env_id}, population {population}"):
-            sizes = {"env_id": env_id, "population": population}
-            results.append(record.point("rollout", sizes, partial(_measure_point, options, env_id, population)))
+    for env_id in options.env_ids:
+        if options.preset:
+            with console.status(f"{env_id}, preset"):
+                sizes = {"env_id": env_id, "population": preset(env_id).strategy.population_size, "preset": True}
+                results.append(record.point("rollout", sizes, partial(_measure_preset, options, env_id)))
+        for population in options.populations:
+            with console.status(f"{env_id}, population {population}"):
+                sizes = {"env_id": env_id, "population": population, "preset": False}
+                results.append(record.point("rollout", sizes, partial(_measure_point, options, env_id, population)))
     console.print(_table(results))
     return record.write()
 
@@ -118,11 +127,36 @@ def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[
         generations=2**31,
         threads=options.threads,
     )
-    trainer = make_trainer(config, build=lambda config, say: build(config, say, wrap_env=_Recorder))
-    physics = _Physics(trainer)
+    return _measure(options, config)
+
+
+def _measure_preset(options: RolloutBench, env_id: str) -> dict[str, Any]:
+    if options.device == "cuda":
+        raise UserError("--preset measures on the CPU; omit it, or --device cuda")
+    kwargs = dict(_NEVER_END.get(env_id, {}))
+    config = preset(env_id).replace(
+        env_kwargs=json.dumps(kwargs),
+        learning_rate=1e-12,
+        learning_rate_final=None,
+        weight_decay=0.0,
+        generations=2**31,
+        env_steps=None,
+        starts=1,
+        threads=options.threads,
+    )
+    population = config.strategy.population_size
+    steps_per_s, limit = _physics_rate(options, env_id, population, kwargs)
+    steps = population * config.task.episodes * (config.task.horizon or limit)
+    return _measure(options, config, generations=max(round(steps_per_s * options.seconds / steps), 1))
+
+
+def _measure(options: RolloutBench, config: TrainConfig, generations: int = 1) -> dict[str, Any]:
+    """Measure so many generations of a run against the physics that they contain."""
+    trainer = make_trainer(config)
+    physics = _Physics(trainer, generations)
     measures: dict[str, Measure] = {
         "physics": physics.plain(),
-        "training": lambda: timed(lambda: trainer.generation().env_steps),
+        "training": lambda: timed(lambda: sum(trainer.generation().env_steps for _ in range(generations))),
     }
     if physics.has_forces:
         measures["physics_and_forces"] = physics.with_forces()
@@ -139,9 +173,10 @@ def _measure_point(options: RolloutBench, env_id: str, population: int) -> dict[
         best = max(vectors, key=lambda name: timings.rate(name).median)
         ratios["gymnasium"] = timings.ratio("training", best)
     return {
-        "env_id": env_id,
-        "env_kwargs": kwargs,
-        "population": population,
+        "env_id": config.task.env_id,
+        "env_kwargs": config.task.parsed_env_kwargs(),
+        "population": config.strategy.population_size,
+        "generations": generations,
         "threads": options.threads or usable_cores(),
         "rounds": options.rounds,
         "steps_per_s": {name: asdict(timings.rate(name)) for name in timings.rates},
@@ -165,64 +200,71 @@ def _gpu_config(env_id: str, population: int, kwargs: Mapping[str, Any]) -> Trai
 
 def _episode_steps(options: RolloutBench, env_id: str, population: int, kwargs: Mapping[str, Any]) -> int:
     """Return the episode length with which one generation takes about ``options.seconds``."""
+    steps_per_s, limit = _physics_rate(options, env_id, population, kwargs)
+    return min(max(round(steps_per_s / population * options.seconds), options.shortest_episode), limit)
+
+
+def _physics_rate(options: RolloutBench, env_id: str, population: int, kwargs: Mapping[str, Any]) -> tuple[float, int]:
+    """Return environment steps per second of all slots with actions of zero, and the environment's time limit."""
     env = _mujoco_env(env_id, population, options.threads, kwargs)
     env.reset(torch.arange(population))
     action = torch.zeros(population, *env.action_space.shape or ())
-    steps_per_s = repeated(lambda: env.step(action), options.seconds / 20)().rate
+    steps_per_s = repeated(lambda: env.step(action), options.seconds / 20)().rate * population
     env.close()
-    return min(max(round(steps_per_s * options.seconds), options.shortest_episode), env.max_episode_steps or 1000)
+    return steps_per_s, env.max_episode_steps or 1000
 
 
-class _Recorder(WrappedEnv):
-    """Environments that record the seeds and actions they receive while ``recording`` is true."""
+@contextmanager
+def _recorded(env: MujocoBatchEnv) -> Iterator[tuple[list[NDArray[np.float64]], list[Tensor]]]:
+    """Record the starts and the actions that an environment receives."""
+    begun: list[NDArray[np.float64]] = []
+    actions: list[Tensor] = []
+    restart, step = env.restart, env.step_arrays
 
-    recording = False
+    def recorded_restart(rows: NDArray[np.intp], starts: NDArray[np.float64]) -> Tensor:
+        if len(rows):
+            begun.append(starts.copy())
+        return restart(rows, starts)
 
-    def __init__(self, env: BatchEnv) -> None:
-        super().__init__(env)
-        self.seeds = torch.zeros(0)
-        self.actions: list[Tensor] = []
+    def recorded_step(action: Tensor, live: Tensor | None = None) -> ArrayOutcome:
+        actions.append(action.clone())
+        return step(action, live)
 
-    @override
-    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.recording:
-            self.seeds = seeds
-        return self.env.reset(seeds, mask)
-
-    @override
-    def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.recording:
-            self.actions.append(action)
-        return self.env.step(action, live)
+    env.restart, env.step_arrays = recorded_restart, recorded_step
+    try:
+        yield begun, actions
+    finally:
+        del env.restart, env.step_arrays  # the methods of the class are visible again
 
 
 class _Physics:
-    """Bare physics with the start states and actions of one generation of a trainer.
+    """Bare physics with the start states and actions of some generations of a trainer.
 
     Attributes:
         env: all simulations, in one batch.
         has_forces: whether the environment computes contact forces after a step.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, generations: int = 1) -> None:
         config, player = trainer.config, trainer.player
-        assert isinstance(player, LocalPlayer)
-        recorders = [env for env in player.envs if isinstance(env, _Recorder)]
-        for recorder in recorders:
-            recorder.recording = True
-        played = trainer.generation()
-        for recorder in recorders:
-            recorder.recording = False
         population, env_id = config.strategy.population_size, config.task.env_id
-        if int(played.lengths.min()) != int(played.lengths.max()) or len(played.lengths) != population:
-            raise UserError(f"{env_id} ends episodes early, so physics and training would do different work")
         threads = config.compute.threads
         self.env = _mujoco_env(env_id, population, threads, config.task.parsed_env_kwargs())
-        self._seeds = torch.cat([recorder.seeds for recorder in recorders])
-        moments = zip(*(recorder.actions for recorder in recorders), strict=True)
-        self._actions: list[NDArray[np.float64]] = [torch.cat(parts).double().numpy() for parts in moments]
         self._threads = min(threads or usable_cores(), population)
         self.has_forces = not isinstance(self.env.batch, Batch)
+        assert isinstance(player, LocalPlayer)
+        lanes = [env for env in player.envs if isinstance(env, MujocoBatchEnv)]
+        # Per generation, the starts of all simulations and their actions in every step.
+        self._played: list[tuple[NDArray[np.float64], list[NDArray[np.float64]]]] = []
+        for _ in range(generations):
+            with ExitStack() as stack:
+                recorded = [stack.enter_context(_recorded(env)) for env in lanes]
+                lengths = trainer.generation().lengths
+            if int(lengths.min()) != int(lengths.max()) or len(lengths) != population:
+                raise UserError(f"{env_id} ends episodes early, so physics and training would do different work")
+            moments = zip(*(actions for _, actions in recorded), strict=True)
+            steps = [torch.cat(parts).double().numpy() for parts in moments]
+            self._played.append((np.concatenate([starts[0] for starts, _ in recorded]), steps))
 
     def plain(self) -> Measure:
         """Return a measurement of ``mujoco.batch.Batch``."""
@@ -232,8 +274,8 @@ class _Physics:
         batch = Batch(own._model, env.num_envs, nthread=self._threads)
         qpos, qvel = batch.bind("qpos"), batch.bind("qvel")
 
-        def start() -> None:
-            env.reset(self._seeds)
+        def start(states: NDArray[np.float64]) -> None:
+            self._restart(states)
             batch.reset()
             qpos[...], qvel[...] = own.bind("qpos"), own.bind("qvel")
             batch.forward()
@@ -242,20 +284,26 @@ class _Physics:
 
     def with_forces(self) -> Measure:
         """Return a measurement of the environment's own batch."""
-        return self._measure(self.env.batch, lambda: self.env.reset(self._seeds))
+        return self._measure(self.env.batch, self._restart)
 
-    def _measure(self, batch: Batch | ContactForceBatch, start: Callable[[], object]) -> Measure:
+    def _restart(self, states: NDArray[np.float64]) -> None:
+        self.env.restart(np.arange(self.env.num_envs), states)
+
+    def _measure(self, batch: Batch | ContactForceBatch, start: Callable[[NDArray[np.float64]], object]) -> Measure:
         frame_skip, ctrl = self.env.frame_skip, batch.bind("ctrl")
 
-        def step_all() -> int:
-            for action in self._actions:
+        def step_all(actions: list[NDArray[np.float64]]) -> int:
+            for action in actions:
                 ctrl[...] = action
                 batch.step(None, nstep=frame_skip)
-            return len(self._actions) * self.env.num_envs
+            return len(actions) * self.env.num_envs
 
         def measure() -> Measured:
-            start()
-            return timed(step_all)
+            parts = []
+            for states, actions in self._played:
+                start(states)
+                parts.append(timed(partial(step_all, actions)))
+            return Measured(sum(part.work for part in parts), sum(part.seconds for part in parts))
 
         return measure
 
@@ -310,12 +358,17 @@ def _table(results: list[dict[str, Any]]) -> Table:
         rates, ratios = point["steps_per_s"], point["training_to"]
         table.add_row(
             point["env_id"],
-            str(point["population"]),
+            population_name(point),
             f"{rates['physics']['median']:,.0f}",
             f"{rates['training']['median']:,.0f}",
             *(_show(ratios[name]) if name in ratios else "-" for name in _OTHERS),
         )
     return table
+
+
+def population_name(point: Mapping[str, Any]) -> str:
+    """Return the population of a point as tables show it."""
+    return f"{point['population']}{' (preset)' if point.get('preset') else ''}"
 
 
 def _show(spread: Mapping[str, Any]) -> str:

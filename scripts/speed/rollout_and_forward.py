@@ -46,6 +46,7 @@ def measure(options: argparse.Namespace) -> None:
         populations=tuple(options.populations),
         rounds=options.rounds,
         seconds=options.seconds,
+        preset=True,
         gymnasium=True,
         json=out / "rollout.json",
     )
@@ -63,7 +64,7 @@ def rollout_table(results: dict[str, Any]) -> str:
             report.spread(point["training_to"].get(name), ".3f")
             for name in ("physics", "physics_and_forces", "gymnasium")
         ]
-        rows.append((point["env_id"], point["population"], *rates, *ratios))
+        rows.append((point["env_id"], rollout.population_name(point), *rates, *ratios))
     return report.markdown(
         "environment | population | bare physics, env steps/s | training, env steps/s | training ÷ physics | "
         "training ÷ physics with contact forces | training ÷ gymnasium async",

@@ -14,7 +14,6 @@ from toy_envs import lanes_of
 from es_flipout.bench import forward, rollout, ways
 from es_flipout.bench.timing import Measured, Spread, interleave, repeated
 from es_flipout.errors import UserError
-from es_flipout.rollout.builder import build
 from es_flipout.rollout.memory import stored_bytes
 from es_flipout.training.setup import make_trainer
 
@@ -268,31 +267,42 @@ def test_vmap_computes_the_perturbed_networks_of_the_right_shape() -> None:
     assert len(output.unique(dim=0)) == 4
 
 
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Humanoid-v5"])
-def test_rollout(env_id: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("env_id", "preset"), [("HalfCheetah-v5", True), ("Humanoid-v5", False)])
+def test_rollout(env_id: str, preset: bool, tmp_path: Path) -> None:
     console, text = printed()
     path = tmp_path / "rollout.json"
     options = rollout.RolloutBench(
-        env_ids=(env_id,), populations=(4,), rounds=1, seconds=0.01, shortest_episode=3, threads=1, json=path
+        env_ids=(env_id,),
+        populations=(4,),
+        rounds=1,
+        seconds=0.01,
+        shortest_episode=3,
+        threads=1,
+        json=path,
+        preset=preset,
     )
-    (point,) = written(path, rollout.run(options, console))["rollout"]
+    *presets, point = written(path, rollout.run(options, console))["rollout"]
     forces = {"physics_and_forces"} if env_id == "Humanoid-v5" else set()
     assert set(point["training_to"]) == {"physics"} | forces
     assert set(point["steps_per_s"]) == {"training", "physics"} | forces
     assert all(spread["median"] > 0 for spread in point["steps_per_s"].values())
     assert env_id in text.getvalue()
+    assert [(point["population"], point["preset"]) for point in presets] == ([(64, True)] if preset else [])
+    assert ("64 (preset)" in text.getvalue()) == preset
 
 
-def test_rollout_replays_the_physics_of_training() -> None:
+@pytest.mark.parametrize("horizon", [None, 3])
+def test_rollout_replays_the_physics_of_training(horizon: int | None) -> None:
+    limit = json.dumps({"max_episode_steps": 5 if horizon is None else 12})
     config = rollout.TrainConfig.of(
-        "HalfCheetah-v5", env_kwargs='{"max_episode_steps": 5}', population_size=4, generations=9, threads=1
+        "HalfCheetah-v5", env_kwargs=limit, population_size=4, generations=9, threads=1, horizon=horizon, overlap=True
     )
-    trainer = make_trainer(config, build=lambda config, say: build(config, say, wrap_env=rollout._Recorder))
-    physics = rollout._Physics(trainer)
-    lanes = [lane.env for lane in lanes_of(trainer) if isinstance(lane, rollout._Recorder)]
-    assert lanes
+    trainer = make_trainer(config)
+    physics = rollout._Physics(trainer, generations=1 if horizon is None else 3)
+    lanes = lanes_of(trainer)
+    assert len(lanes) == 2
     measured = physics.plain()()
-    assert measured.work == 20
+    assert measured.work == (20 if horizon is None else 36)
     # The final states are bitwise identical to those of the recorded generation (nothing was reset after it).
     ends = torch.cat([torch.from_numpy(lane._fields["qpos"].copy()) for lane in lanes])  # pyright: ignore
     assert torch.equal(torch.from_numpy(physics.env._fields["qpos"].copy()), ends)
