@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 
-from es_flipout.errors import UserError
+from es_flipout.errors import UserError, gpu_fault
 from es_flipout.training.signals import Stopped, raise_stopped, stop_on_signals
 
 # Each command is the function ``run`` of the module of the same name.
@@ -85,8 +86,14 @@ def _line(error: Exception) -> str | None:
     if base and isinstance(error, (base.UnsupportedEnvironmentError, base.EnvironmentFailureError)):
         return str(error)
     torch = sys.modules.get("torch")
-    if torch and isinstance(error, torch.OutOfMemoryError):
+    fault = gpu_fault(error)
+    if (torch and isinstance(error, torch.OutOfMemoryError)) or (
+        fault and re.search("allocate|out of memory", fault, re.IGNORECASE)
+    ):
         return "the GPU has too little memory for this; es-flipout plan shows what a run needs"
+    if fault is not None:
+        notes = "; ".join(["use --device cpu if it happens again", *getattr(error, "__notes__", ())])
+        return f"the GPU or its driver failed: {fault}; {notes}"
     # PyTorch has no class of its own for a failed allocation on the CPU.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return "this machine has too little memory for this; es-flipout plan shows what a run needs"

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from es_flipout.cluster.pool import WorkersLostError
 from es_flipout.config import TrainConfig
-from es_flipout.errors import UserError
+from es_flipout.errors import UserError, gpu_fault
 from es_flipout.training.evaluate import evaluate
 from es_flipout.training.metrics import EpisodeBar
 from es_flipout.training.run_directory import Which, write_evaluation
@@ -87,7 +87,7 @@ def resume_command(config: TrainConfig, run_dir: Path) -> str:
 
 @contextmanager
 def going_on(config: TrainConfig, run_dir: Path) -> Iterator[None]:
-    """Add to the message of a full disk, or of Ray's failure, how to continue the run.
+    """Add to the message of a full disk, of a GPU's fault, or of Ray's failure, how to continue the run.
 
     Raises:
         UserError: the disk is full, or Ray failed.
@@ -98,6 +98,10 @@ def going_on(config: TrainConfig, run_dir: Path) -> Iterator[None]:
             yield
     except WorkersLostError as error:
         raise UserError(f"{error}; {go_on}") from error
+    except RuntimeError as error:
+        if gpu_fault(error) is not None and (run_dir / "config.json").exists():
+            error.add_note(go_on)
+        raise
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise

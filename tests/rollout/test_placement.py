@@ -1,6 +1,7 @@
 """Placement: what is requested and chosen, and that it does not change the results."""
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from es_flipout.rollout.builder import make_lanes
 from es_flipout.rollout.episodes import Episodes
 from es_flipout.rollout.placement import Placement, faster, measured, missing_cuda, place
 from es_flipout.rollout.players import LocalPlayer
+from es_flipout.strategy.evolution_strategy import EvolutionStrategy
 from es_flipout.training.run_directory import read_config
 from es_flipout.training.setup import make_trainer, resume_trainer
 from es_flipout.training.trainer import Trainer
@@ -181,6 +183,52 @@ def test_a_run_goes_on_without_a_broken_gpu(
     assert "not possible on the GPU" in faults[0]
     assert "RuntimeError: CUDA error: uncorrectable ECC error encountered" in faults[0]
     assert read_config(run_dir).compute.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("Unexpected error from cudaGetDeviceCount(). Did you run"),
+            "failed: Unexpected error from cudaGet",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: no kernel image is available\nCUDA kernel"),
+            "failed: CUDA error: no kernel im",
+        ),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), r"failed: Triton Error \[CUDA\]: an illegal"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "the GPU has too little memory for this"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU has too little memory for this"),
+        (RuntimeError("Failed to allocate 9 bytes on device 'cuda:0'"), "the GPU has too little memory for this"),
+    ],
+)
+@pytest.mark.parametrize("when", ["at the start", "while training"])
+def test_a_broken_gpu_that_was_asked_for_is_one_line(
+    when: str,
+    error: Exception,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    device = "cuda" if when == "at the start" else "cpu"
+    if device == "cuda":
+        monkeypatch.setattr(placement, "missing_cuda", lambda: None)
+        monkeypatch.setattr(builder.make_strategy, "__defaults__", (None, faulty))
+    else:
+        monkeypatch.setattr(EvolutionStrategy, "tell", faulty)
+    run_dir = tmp_path / "run"
+    options = ["--generations", "1", "--population-size", "8", "--hidden", "4", "--physics", "cpu", "--device", device]
+    assert main(["train", "Pendulum-v1", "--run-dir", str(run_dir), "--threads", "1", "--starts", "1", *options]) == 2
+    (shown,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert re.search(line, shown)
+    goes_on = "failed" in line and when == "while training"
+    assert (f"continue with: es-flipout resume {run_dir}" in shown) == goes_on
+    assert ("use --device cpu" in shown) == ("failed" in line)
+    assert run_dir.exists() == (when == "while training")
 
 
 @pytest.mark.parametrize("slow", [True, False])
