@@ -30,6 +30,8 @@ ShouldStop = Callable[[], bool]
 class StartsEnv(Protocol):
     """An environment whose start states are vectors."""
 
+    device: torch.device
+
     def starts(self, seeds: Tensor) -> Tensor:
         """See :meth:`es_flipout.envs.native.NativeBatchEnv.starts`."""
         ...
@@ -120,11 +122,13 @@ class Episodes:
 
     def starts(self, env: StartsEnv) -> Tensor:
         """Return the start states of the jobs, ``(J, K)`` float64 on the device of ``env``."""
-        starts = env.starts(self.seeds.flatten())
         if self.segments is None:
-            return starts
-        states = self.segments.states.flatten(0, 1).to(starts)
-        return torch.where(self._continues(self.segments).to(starts.device)[:, None], states, starts)
+            return env.starts(self.seeds.flatten())
+        states, continues = self.segments.states.flatten(0, 1), self._continues(self.segments)
+        if continues.device.type == "cpu" and bool(continues.all()):  # no start is used, and drawing takes long
+            return states.to(env.device, torch.float64, copy=True)
+        starts = env.starts(self.seeds.flatten())
+        return torch.where(continues.to(starts.device)[:, None], states.to(starts), starts)
 
     def caps(self, limit: int | None) -> Tensor:
         """Return the maximum number of steps of every job, ``(J,)`` int64, given the environment's own limit."""

@@ -88,6 +88,20 @@ def test_an_episode_that_ended_starts_from_its_seed_again() -> None:
     assert not ends_of(again).running.any()
 
 
+@pytest.mark.parametrize("elapsed", [0, 3])
+def test_no_starts_are_drawn_where_every_episode_continues(elapsed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    env, drawn = make_env("HalfCheetah-v5", 1), []
+    draw = env.starts  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(env, "starts", lambda seeds: drawn.append(len(seeds)) or draw(seeds))
+    states = torch.rand(P, E, 18, dtype=torch.float64)
+    steps = torch.full((P, E), 3)
+    steps[-1, -1] = elapsed
+    starts = Episodes(torch.arange(P * E).view(P, E), segments=Segments(states, steps)).starts(env)  # pyright: ignore
+    assert drawn == ([] if elapsed else [P * E])
+    assert torch.equal(starts[:-1], states.flatten(0, 1)[:-1])
+    assert torch.equal(starts[-1], states[-1, -1]) == bool(elapsed)
+
+
 def test_the_time_limit_counts_all_segments() -> None:
     population = population_for("Pendulum-v1")
     env, seeds = make_env("Pendulum-v1", 4, max_episode_steps=20), torch.zeros(P, E, dtype=torch.int64)
