@@ -4,7 +4,7 @@ As root, with buildah and debootstrap (packages of Debian); no Docker engine and
 
 debootstrap --variant=minbase bookworm BASE           # what debian:bookworm-slim is made from
 python scripts/checks/container.py BASE WORK
-python scripts/checks/container.py BASE WORK --build-arg EXTRAS=ray --volume /opt/wheels:/opt/wheels:ro
+python scripts/checks/container.py BASE WORK --build-arg EXTRAS=ray --volume $PWD/wheels:/wheels:ro
 python scripts/checks/container.py BASE WORK --run es-flipout envs      # a command in place of the check
 
 BASE becomes the image that the Dockerfile names in FROM. ``--volume`` mounts files of this machine while the image is built, for
