@@ -26,8 +26,15 @@ trained=runs/trained_CartPole-v1
 humanoid=runs/lengths_Humanoid-v5
 
 run families scripts/learning/families.py # 126: train_s
-run learning scripts/learning/presets.py # 56: train_s
-run methods scripts/learning/methods.py # 50: estimate; no committed results yet
+run learning scripts/learning/presets.py --envs CartPole-v1 Acrobot-v1 MountainCar-v0 MountainCarContinuous-v0 InvertedPendulum-v5 \
+    Reacher-v5 Pusher-v5 HalfCheetah-v5 # 35: train_s
+run learning scripts/learning/presets.py --envs Pendulum-v1 InvertedDoublePendulum-v5 Swimmer-v5 Hopper-v5 --seeds {0..9} # 60: train_s
+run learning scripts/learning/presets.py --envs Walker2d-v5 --env-steps 3000000 # 12: train_s
+run learning scripts/learning/presets.py --envs LunarLander-v3 --env-steps 1000000 # 6: train_s
+run learning scripts/learning/presets.py --envs Ant-v5 --seeds 0 1 2 --env-steps 1000000 # 5: train_s
+run learning scripts/learning/presets.py --envs Humanoid-v5 --seeds 0 1 2 --env-steps 600000 # 6: train_s
+run learning scripts/learning/presets.py --envs HumanoidStandup-v5 --seeds 0 1 2 --env-steps 500000 # 6: train_s
+run methods scripts/learning/methods.py # 30: train_s
 run memory scripts/learning/memory.py   # 8: train_s
 run against_rl scripts/learning/against_rl.py --venv "${TMPDIR:-/tmp}/es_flipout_rl" # 285: wall_s, and evaluation; 1.5 GB to install
 
@@ -48,6 +55,7 @@ run paper_update_time scripts/paper/update_time.py --rounds 2 --batch 32        
 run peers scripts/speed/peers.py --venv "${TMPDIR:-/tmp}/es_flipout_peers" --env-ids HalfCheetah-v5 \
     --engines es_flipout es_flipout_classic_ray evotorch ars_linear --rounds 1 --seconds 5 # 4: seconds, and a warm-up; 1.5 GB to install
 run cartpole scripts/speed/cartpole.py --venv "${TMPDIR:-/tmp}/es_flipout_evosax" # 12: measured
+run sharding scripts/speed/sharding.py --env-ids HalfCheetah-v5 Hopper-v5 Walker2d-v5 CartPole-v1 --populations 512 --rounds 3 # 3: measured
 run scaling scripts/speed/scaling.py --tasks HalfCheetah-v5                              # 3: estimate
 if [[ (-z $only || $only == occupancy) && ! -d $humanoid ]]; then
     "$PYTHON" -m es_flipout train Humanoid-v5 --run-dir "$humanoid" --policy linear --population-size 96 --sigma .03 --learning-rate .03 \

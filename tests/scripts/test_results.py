@@ -34,6 +34,7 @@ SCRIPTS = {
     "peers": "speed.peers",
     "reliability": "checks.reliability",
     "scaling": "speed.scaling",
+    "sharding": "speed.sharding",
     "speed": "speed.rollout_and_forward",
 }
 
