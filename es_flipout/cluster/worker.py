@@ -156,7 +156,8 @@ class ShardWorker:
         population = self._population(generation, shard.first, len(shard.seeds))
         seeds, segments = torch.from_numpy(shard.seeds.copy()), None
         if shard.segments is not None:
-            segments = Segments(*(torch.from_numpy(values.copy()) for values in shard.segments))
+            states, elapsed = (torch.from_numpy(values.copy()) for values in shard.segments)
+            segments = Segments(states, elapsed, begins=bool((elapsed == 0).any()))
         episodes = Episodes(seeds, generation.step_cap, generation.remove_alive_bonus, shard.moment_jobs, segments)
         rollout = self._player.play(population, episodes)
         blocks = rollout.moment_blocks

@@ -50,10 +50,12 @@ class Segments:
             :meth:`es_flipout.envs.native.NativeBatchEnv.states` returns them; ignored for episodes that start from
             their seed.
         elapsed: ``(P, E)`` int64, number of steps so far; 0 for an episode that starts from its seed.
+        begins: whether an episode may start from its seed; otherwise no start states are drawn, which takes long.
     """
 
     states: Tensor
     elapsed: Tensor
+    begins: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,11 @@ class Episodes:
         """Return the start states of the jobs, ``(J, K)`` float64 on the device of ``env``."""
         if self.segments is None:
             return env.starts(self.seeds.flatten())
-        states, continues = self.segments.states.flatten(0, 1), self._continues(self.segments)
-        if continues.device.type == "cpu" and bool(continues.all()):  # no start is used, and drawing takes long
+        states = self.segments.states.flatten(0, 1)
+        if not self.segments.begins:
             return states.to(env.device, torch.float64, copy=True)
         starts = env.starts(self.seeds.flatten())
-        return torch.where(continues.to(starts.device)[:, None], states.to(starts), starts)
+        return torch.where(self._continues(self.segments).to(starts.device)[:, None], states.to(starts), starts)
 
     def caps(self, limit: int | None) -> Tensor:
         """Return the maximum number of steps of every job, ``(J,)`` int64, given the environment's own limit."""

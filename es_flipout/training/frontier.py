@@ -38,7 +38,8 @@ class Frontier:
         if self._states is None or self._elapsed is None:
             shape = population.size, episodes
             return Segments(torch.zeros(*shape, 1, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64))
-        return Segments(self._states[source], self._elapsed[source])
+        elapsed = self._elapsed[source]
+        return Segments(self._states[source], elapsed, begins=bool((elapsed == 0).any()))
 
     def update(self, population: Population, segments: Segments, ends: Ends, lengths: Tensor) -> None:
         """Store the states in which a generation's segments ended.

@@ -96,7 +96,8 @@ def test_no_starts_are_drawn_where_every_episode_continues(elapsed: int, monkeyp
     states = torch.rand(P, E, 18, dtype=torch.float64)
     steps = torch.full((P, E), 3)
     steps[-1, -1] = elapsed
-    starts = Episodes(torch.arange(P * E).view(P, E), segments=Segments(states, steps)).starts(env)  # pyright: ignore
+    segments = Segments(states, steps, begins=elapsed == 0)
+    starts = Episodes(torch.arange(P * E).view(P, E), segments=segments).starts(env)  # pyright: ignore
     assert drawn == ([] if elapsed else [P * E])
     assert torch.equal(starts[:-1], states.flatten(0, 1)[:-1])
     assert torch.equal(starts[-1], states[-1, -1]) == bool(elapsed)

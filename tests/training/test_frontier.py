@@ -28,6 +28,7 @@ def updated(running: torch.Tensor, antithetic: bool = True, generation: int = 2)
     frontier = Frontier()
     segments = frontier.segments(population, E)
     assert not segments.elapsed.any(), "at first every episode starts from its seed"
+    assert segments.begins
     frontier.update(population, segments, Ends(coded(), running), torch.full((P, E), 7))
     return frontier.segments(population, E)
 
@@ -42,6 +43,7 @@ def test_partners_continue_one_of_their_states() -> None:
     assert 0.4 < float(chosen.mean()) < 0.6
     assert abs(float(torch.corrcoef(chosen.T)[0, 1])) < 0.2, "episodes are drawn independently"
     assert (segments.elapsed == 7).all()
+    assert not segments.begins
 
 
 def test_the_choice_is_addressed_by_generation() -> None:
@@ -58,6 +60,7 @@ def test_a_partner_whose_episode_is_over_is_not_continued() -> None:
     assert (segments.states[:, 0, 0].long() % 2 == 1).all()
     assert (segments.elapsed[:, 0] == 7).all()
     assert (segments.elapsed[:, 1] == 0).all(), "it starts from its seed"
+    assert segments.begins
 
 
 def test_without_partners_every_member_goes_on_alone() -> None:
