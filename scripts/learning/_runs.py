@@ -107,7 +107,7 @@ def compare(doc: str | None, tasks: Changes, variants: Changes) -> Path:
     options = report.parse(sweep_parser(doc, tasks))
     if not options.render:
         jobs = [
-            job(f"{env_id}: {name}", env_id, seed, **tasks[env_id], **changes)
+            job(f"{env_id}: {name}", env_id, seed, **{**tasks[env_id], **changes})
             for seed in options.seeds
             for env_id in options.envs
             for name, changes in variants.items()

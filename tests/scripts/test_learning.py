@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from es_flipout.config import TrainConfig
+from es_flipout.presets import preset
 from es_flipout.training.setup import make_trainer
 from es_flipout.training.trainer import Trainer
 from scripts import report
-from scripts.learning._runs import Job, final_scores, job, sweep
+from scripts.learning._runs import Job, compare, final_scores, job, sweep
 
 RESULTS = Path(__file__).parents[2] / "results"
 TINY = TrainConfig.of(
@@ -79,3 +81,15 @@ def test_jobs_are_presets_on_one_core() -> None:
     made = job("name", "CartPole-v1", 3, env_steps=10)
     assert made.key == {"name": "name", "seed": 3}
     assert (made.config.compute.threads, made.config.schedule.env_steps) == (1, 10)
+
+
+def test_a_variant_changes_options_of_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = preset("CartPole-v1").replace(threads=1).flat()
+    tiny = {name: value for name, value in TINY.flat().items() if value != usual[name]}
+    monkeypatch.setattr(sys, "argv", ["script.py", "--out", str(tmp_path), "--seeds", "0", "--processes", "1"])
+    compare(None, {"CartPole-v1": {**tiny, "env_steps": None}}, {"ranks": {}, "wide": {"hidden": (8,)}})
+    configs = report.read_json(tmp_path / "config.json")
+    assert {name: config["hidden"] for name, config in configs.items()} == {
+        "CartPole-v1: ranks": [4],
+        "CartPole-v1: wide": [8],
+    }
