@@ -1,7 +1,7 @@
 """One configuration per environment, and preset files. Does not import torch.
 
-Presets with a row in ``results/learning_*`` were tuned; ``results/LOG.md`` lists what was tried. The others are
-untuned starting points without measured results.
+Those of ``TUNED`` were tuned; ``results/LOG.md`` lists what was tried. The others are starting points: some have a row in
+``results/learning_*``, of runs that are shorter than the preset.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ TUNED = frozenset(
         "InvertedPendulum-v5",
         "InvertedDoublePendulum-v5",
         "Reacher-v5",
+        "Pusher-v5",
         "Swimmer-v5",
         "HalfCheetah-v5",
         "Hopper-v5",
+        "Walker2d-v5",
     }
 )
 """Environments whose preset was tuned."""
