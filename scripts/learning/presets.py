@@ -87,8 +87,10 @@ def table(out: Path) -> str:
                     target.mark,
                 )
             )
-    header = "environment | median seed | seeds, worst to best | median, last policy | env steps | wall time, fastest seed | target | others"
-    return report.markdown(header, rows)
+    header = (
+        "environment | median seed | seeds, worst to best | median, last policy | env steps | wall time, fastest seed"
+    )
+    return report.markdown(f"{header} | target | others", rows)
 
 
 def front(out: Path) -> str:
