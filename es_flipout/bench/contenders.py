@@ -19,12 +19,15 @@ from es_flipout.training.trainer import Trainer
 STAGES = ("physics", "policy", "communication", "update")
 
 
-class WrappedEnv(BatchEnv):
-    """A batch of environments that forwards everything to another one.
+class TimedEnv(BatchEnv):
+    """A batch of environments that accumulates the time of another one's steps and resets.
 
     Attributes:
-        env: the wrapped batch.
+        env: the timed batch.
+        seconds: time spent in its steps and resets.
     """
+
+    seconds = 0.0
 
     def __init__(self, env: BatchEnv) -> None:
         for name in BatchEnv.__annotations__:
@@ -44,24 +47,6 @@ class WrappedEnv(BatchEnv):
 
     @override
     def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.env.reset(seeds, mask)
-
-    @override
-    def step(self, action: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.env.step(action, live)
-
-    @override
-    def close(self) -> None:
-        self.env.close()
-
-
-class TimedEnv(WrappedEnv):
-    """Environments that accumulate the ``seconds`` spent in their steps and resets."""
-
-    seconds = 0.0
-
-    @override
-    def reset(self, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
         started = time.perf_counter()
         obs = self.env.reset(seeds, mask)
         self.seconds += time.perf_counter() - started
@@ -73,6 +58,10 @@ class TimedEnv(WrappedEnv):
         outcome = self.env.step(action, live)
         self.seconds += time.perf_counter() - started
         return outcome
+
+    @override
+    def close(self) -> None:
+        self.env.close()
 
 
 @dataclass

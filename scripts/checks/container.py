@@ -13,7 +13,6 @@ example a pip configuration (``my.conf:/etc/pip.conf:ro``); they are not in the 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import shutil
@@ -26,7 +25,7 @@ from string import Template
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from scripts.checks.dockerfile import ROOT, instructions
+from scripts.checks.dockerfile import ROOT, command_line, instructions
 
 IMAGE, CONTAINER, USER = "es-flipout", "es-flipout-check", 1000
 RUN = "runs/check"
@@ -35,12 +34,8 @@ TRAIN = ["es-flipout", "train", "CartPole-v1", "--run-dir", RUN, "--env-steps", 
 
 def main() -> None:
     """Build the image, then run the command or the check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
+    parser = command_line(__doc__)
     parser.add_argument("--volume", action="append", default=[], metavar="FROM:TO[:ro]")
-    parser.add_argument("--run", nargs=argparse.REMAINDER, default=[])
     options = parser.parse_args()
     work: Path = options.work.resolve()
     buildah = ["buildah", "--root", str(work / "storage"), "--runroot", str(work / "run")]

@@ -34,14 +34,20 @@ def instructions(text: str) -> list[tuple[str, str]]:
     return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in joined.splitlines()) if name]
 
 
-def main() -> None:
-    """Run all stages, then the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """The options of every check of the Dockerfile."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--bind", action="append", default=[], metavar="DIR")
     parser.add_argument("--run", nargs=argparse.REMAINDER, default=[])
+    return parser
+
+
+def main() -> None:
+    """Run all stages, then the command."""
+    parser = command_line(__doc__)
+    parser.add_argument("--bind", action="append", default=[], metavar="DIR")
     options = parser.parse_args()
     options.work = options.work.resolve()
     given = dict(pair.split("=", 1) for pair in options.build_arg)
