@@ -49,15 +49,15 @@ TASKS = {
     "CartPole-v1": ("--optimizer", "adam"),
     "Hopper-v5": ("--optimizer", "clipup", "--threads", "1"),
 }
-GENERATIONS = 40
+GENERATIONS = 400  # a run takes seconds, so that most kills come while it trains
 OPTIONS = (
     *("--generations", str(GENERATIONS), "--env-steps", "None", "--population-size", "8", "--hidden", "8"),
     *("--score-every", "7", "--score-episodes", "2", "--evaluation-episodes", "10", "--checkpoint-every", "3"),
     *("--sigma", "0.1", "--sigma-final", "0.05", "--learning-rate", "0.05", "--learning-rate-final", "0.01"),
     *("--env-kwargs", '{"max_episode_steps": 40}'),
 )
-# A run on Ray is long enough for Ray to notice that a process has died, and to end the run.
-ON_RAY = ("--backend", "ray", "--workers", "2", "--generations", "400", "--population-size", "64")
+# A generation on Ray is long enough for Ray to notice within the run that a process has died.
+ON_RAY = ("--backend", "ray", "--workers", "2", "--population-size", "64")
 RAY_SETTINGS = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5"
 }  # by default, Ray ends the run after a minute without GCS
@@ -224,7 +224,7 @@ def said_what_to_do(said: str) -> bool:
 def disturb(process: subprocess.Popen[str], folder: Path, event: str, dice: random.Random, counts: Counts) -> list[str]:
     """Let an event happen to a process, wait for its end, and return what went wrong."""
     problems: list[str] = []
-    kind = ""
+    kind = doing = ""
     if event != "none":
         begun = folder / "run" / "metrics.csv"
         if dice.random() < 0.7:  # after the start-up, which takes most of the time of these short runs
@@ -236,7 +236,7 @@ def disturb(process: subprocess.Popen[str], folder: Path, event: str, dice: rand
                     time.sleep(0.05)
         time.sleep(dice.uniform(0, dice.choice((0.3, 1.0, 4.0))))
     if event == "kill":
-        counts.phases[phase(process, folder / "run")] += 1
+        doing = phase(process, folder / "run")
         process.kill()
     elif event == "storm":
         while process.poll() is None and not handles_signals(process):
@@ -264,6 +264,8 @@ def disturb(process: subprocess.Popen[str], folder: Path, event: str, dice: rand
         process.kill()
         process.communicate()
         return [*problems, f"{event}: hangs"]
+    if event == "kill":
+        counts.phases[doing if process.returncode == -signal.SIGKILL else "nothing: it had ended"] += 1
     allowed = {"kill": {0, -9}, "ray": {0, 1, 2, -9}, "storm": {0, 130, *(128 + number for number in SIGNALS)}}
     if "Traceback" in said or process.returncode not in allowed.get(event, {0}):
         problems.append(f"{event} {kind}: exit code {process.returncode}, {said}")
@@ -286,9 +288,8 @@ def one_run(folder: Path, seed: int, counts: Counts, on_ray: bool = False) -> No
         return
     ended = False
     while not ended:
-        event = dice.choices(("kill", "storm", "rival", "none", "ray"), (1, 1, 0, 0, 8) if on_ray else (6, 3, 1, 2, 0))[
-            0
-        ]
+        weights = (1, 1, 0, 0, 8) if on_ray else (8, 2, 1, 1, 0)
+        event = dice.choices(("kill", "storm", "rival", "none", "ray"), weights)[0]
         clock = dice.random() < 0.2
         counts.events.update([event, "clock"] if clock else [event])
         process = start(folder, *command(folder, env_id, seed, *more), clock=clock)
