@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from training_runs import assert_same
 
 from es_flipout.cluster import sharded
 from es_flipout.cluster.connect import Connection
@@ -53,12 +54,6 @@ def trained(config: TrainConfig, run_dir: Path | None = None) -> tuple[dict[str,
     finally:
         trainer.close()
     return trainer.tensors(), trainer
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def on_ray(config: TrainConfig, workers: int) -> TrainConfig:

@@ -1,6 +1,5 @@
 """A run that is interrupted anywhere and resumed is bitwise identical to an uninterrupted run."""
 
-import csv
 import dataclasses
 import os
 import random
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from training_runs import rows
 
 from es_flipout import cli
 from es_flipout.config import TrainConfig
@@ -135,14 +135,6 @@ def interrupt(run_dir: Path, how: signal.Signals, after: int, dice: random.Rando
     assert progress.generation == int(match[1]) >= after
     assert progress.env_steps == int(match[2].replace(",", ""))
     assert len(rows(run_dir)) == progress.generation
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    """Return ``metrics.csv`` without the columns that depend on time."""
-    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k not in ("env_steps_per_s", "wall_s")} for row in csv.DictReader(file)
-        ]
 
 
 def assert_same_run(run_dir: Path, whole: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from training_runs import assert_same
 
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
@@ -34,12 +35,6 @@ CONFIG = TrainConfig.of(
 
 def of_the_run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.partition(".")[0] not in ("best", "starts")}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
 
 
 class Seen:
