@@ -325,7 +325,7 @@ def full_disk(folder: Path, seed: int, free_pages: int, counts: Counts) -> None:
     Raises:
         OSError: mounting is forbidden.
     """
-    env_id, small = "CartPole-v1", ("--generations", "12", "--keep-checkpoints", "2")
+    env_id, small = "CartPole-v1", ("--generations", "24", "--keep-checkpoints", "8")
     disk, whole = folder / "disk", folder / "whole"
     whole.mkdir()
     problems = disturb(start(whole, *command(whole, env_id, seed, *small)), whole, "none", random.Random(seed), counts)

@@ -3,8 +3,9 @@
 python scripts/checks/reliability.py --out results/reliability_<hardware>_<yyyy-mm>                      # hours
 python scripts/checks/reliability.py --out ... --render                                                  # only table.md
 
-Runs ``fuzz.py``, and ``chaos.py`` twice: with runs on this machine and full disks, and with runs on Ray. Each of them can be
-run alone, and writes its counts, its command with the seeds, and every problem to a JSON file.
+Runs ``fuzz.py``, and ``chaos.py`` three times: on full disks, with runs on this machine, and with runs on Ray. Each of them can
+be run alone, and writes its counts, its command with the seeds, and every problem to a JSON file. The counts of all files
+``chaos*.json`` are added up, those on Ray by themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def main() -> None:
         )
         for name, command in {
             "fuzz.json": ["fuzz.py", f"--cases={options.cases}", seed],
-            "chaos.json": ["chaos.py", minutes, seed, f"--full-disks={options.full_disks}"],
+            "chaos_disks.json": ["chaos.py", "--minutes=0", seed, f"--full-disks={options.full_disks}"],
+            "chaos.json": ["chaos.py", minutes, seed],
             "chaos_ray.json": ["chaos.py", ray, seed, "--ray=1"],
         }.items():
             # The exit code says whether there were problems, which are in the file.
@@ -52,18 +55,21 @@ def main() -> None:
 
 def table(folder: Path) -> str:
     """Return the table of the counts in a folder; files that are not there have no rows."""
-    rows: list[tuple[str, object, object]] = []
-    problems: list[str] = []
-    seeds: list[str] = []
-    for path in (folder / name for name in ("fuzz.json", "chaos.json", "chaos_ray.json")):
-        if not path.exists():
-            continue
-        found = json.loads(path.read_text(encoding="utf-8"))
-        made = rows_of_fuzz(found) if path.name == "fuzz.json" else rows_of_chaos(found)
-        rows += made
-        said = found.get("failures", []) + found.get("problems", [])
-        problems += [f"- `{path.name}`: {' '.join(str(each).split())}" for each in said]
-        seeds.append(f"- `{found['command']}` at commit {str(found['environment'].get('commit'))[:12]}")
+    paths = [path for path in (folder / "fuzz.json", *sorted(folder.glob("chaos*.json"))) if path.exists()]
+    files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    chaos = [found for name, found in files.items() if name != "fuzz.json"]
+    rows = rows_of_fuzz(files["fuzz.json"]) if "fuzz.json" in files else []
+    for on_ray in (False, True):
+        some = [found for found in chaos if bool(found["kills_of_ray"]) == on_ray]
+        rows += rows_of_chaos(some, " on Ray" if on_ray else "") if some else []
+    problems = [
+        f"- `{name}`: {' '.join(str(each).split())}"
+        for name, found in files.items()
+        for each in found.get("failures", []) + found.get("problems", [])
+    ]
+    seeds = [
+        f"- `{found['command']}` at commit {str(found['environment'].get('commit'))[:12]}" for found in files.values()
+    ]
     parts = [
         report.markdown("tried | number | problems", rows),
         "A problem is a bit that differs from the undisturbed run, a traceback, a hang, a wrong exit code, or a failure that",
@@ -83,21 +89,19 @@ def rows_of_fuzz(found: dict[str, Any]) -> list[tuple[str, object, object]]:
     ]
 
 
-def rows_of_chaos(found: dict[str, Any]) -> list[tuple[str, object, object]]:
-    """Return a row for the runs of a file with the number of their problems, and one for each kind of event."""
-    on_ray = bool(found["kills_of_ray"])
-    kinds = {
-        "events": "events",
-        "kills_in": "killed in",
-        "kills_of_ray": "process of Ray killed",
-        "disk_full_at": "disk full at",
-    }
+def rows_of_chaos(files: list[dict[str, Any]], where: str) -> list[tuple[str, object, object]]:
+    """Return a row for the runs of some files with the number of their problems, and one for each kind of event."""
+    kinds = {"events": "events", "kills_in": "killed in", "kills_of_ray": "process killed"}
+    problems = sum(len(found["problems"]) for found in files)
+    full = sum((Counter(found["disk_full_at"]) for found in files), Counter[str]())
     rows: list[tuple[str, object, object]] = [
-        (f"disturbed runs{' on Ray' if on_ray else ''}", found["runs"], len(found["problems"]))
+        (f"disturbed runs{where}", sum(found["runs"] for found in files) + full.total(), problems)
     ]
     for key, said in kinds.items():
-        rows += [(f"{said}: {name}", count, "") for name, count in sorted(found[key].items())]
-    return rows + [(f"not done: {why}", "", "") for why in found["not_done"]]
+        counts = sum((Counter(found[key]) for found in files), Counter[str]())
+        rows += [(f"{said}: {name}{where}", count, "") for name, count in sorted(counts.items())]
+    rows += [(f"disk full at: {name}", count, "") for name, count in sorted(full.items())]
+    return rows + [(f"not done: {why}", "", "") for found in files for why in found["not_done"]]
 
 
 if __name__ == "__main__":

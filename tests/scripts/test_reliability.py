@@ -22,17 +22,25 @@ CHAOS = {
     "not_done": ["cannot mount a tmpfs: permission denied"],
     "problems": ["seed 7: rows differs"],
 }
+ALONE = CHAOS | {"command": "chaos.py", "kills_of_ray": {}, "not_done": [], "problems": [], "kills_in": {"training": 3}}
+DISKS = ALONE | {"runs": 0, "events": {}, "kills_in": {}, "disk_full_at": {"config.json": 2}}
 
 
 def test_table(tmp_path: Path) -> None:
     (tmp_path / "fuzz.json").write_text(json.dumps(FUZZ | MADE), encoding="utf-8")
     (tmp_path / "chaos_ray.json").write_text(json.dumps(CHAOS | MADE), encoding="utf-8")
+    (tmp_path / "chaos_disks.json").write_text(json.dumps(DISKS | MADE), encoding="utf-8")
+    for name in ("chaos_a", "chaos_b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(ALONE | MADE), encoding="utf-8")
     table = reliability.table(tmp_path)
     for row in (
         "| malformed inputs | 5 | 1 |",
         "| malformed input: options | 3 | 0 |",
         "| disturbed runs on Ray | 4 | 1 |",
-        "| process of Ray killed: raylet | 9 |  |",
+        "| process killed: raylet on Ray | 9 |  |",
+        "| disturbed runs | 10 | 0 |",
+        "| killed in: training | 6 |  |",
+        "| disk full at: config.json | 2 |  |",
         "| not done: cannot mount a tmpfs: permission denied |  |  |",
         "- `chaos.py --seed 7` at commit 0123456789ab",
         "- `chaos_ray.json`: seed 7: rows differs",
