@@ -5,7 +5,8 @@
 An event is one of: ``kill`` (SIGKILL, at any time from the start of the process on), ``storm`` (two to six of SIGINT,
 SIGTERM and SIGHUP within milliseconds), ``rival`` (a second ``resume`` of the same run, which must be refused), or
 ``none``. A process that is not killed must end with exit code 0, or with 128 plus the signal and one line, never with
-a traceback. Some processes see a clock that is set back again and again (``clock``, which comes with any event). A
+a traceback. Most processes are forks of this one, which saves the seconds of the imports; some are started as a user
+does, and some see a clock that is set back again and again (``clock``, which comes with any event). A
 share ``--ray`` of the runs trains on Ray: there, ``ray`` kills one of Ray's processes (a worker, the raylet, one of
 its agents, the GCS, a monitor). If the run cannot go on, it must end with one ``error:`` line that names the command
 to continue. ``--full-disks`` runs write to a small tmpfs that is full at different writes (not done where mounting is
@@ -43,7 +44,9 @@ from es_flipout.errors import UserError
 from es_flipout.runinfo import environment
 from es_flipout.training.checkpoint import atomic_write, load_checkpoint, load_tensors
 from es_flipout.training.lock import LOCK
+from scripts.checks._forked import Forked
 
+Process = subprocess.Popen[str] | Forked
 ROOT = Path(__file__).parents[2]
 TASKS = {
     "CartPole-v1": ("--optimizer", "adam"),
@@ -105,8 +108,17 @@ class Counts:
         return f"{self.runs} runs; {'; '.join(found)}; {len(self.problems)} problems"
 
 
-def start(folder: Path, *arguments: str, clock: bool = False) -> subprocess.Popen[str]:
-    """Start the command line in a process, with ``clock`` in one whose clock is set back again and again."""
+def start(folder: Path, *arguments: str, clock: bool = False, fork: bool = False) -> Process:
+    """Start the command line in a process.
+
+    Args:
+        folder: its working directory.
+        arguments: the command.
+        clock: set its clock back again and again.
+        fork: fork this process, which has imported torch, instead of starting Python.
+    """
+    if fork:
+        return Forked(folder, arguments, {"OMP_NUM_THREADS": "1"})
     path = [str(ROOT)]
     if clock:
         (folder / "clock").mkdir(exist_ok=True)
@@ -156,7 +168,7 @@ def difference(run_dir: Path, whole: Path) -> str | None:
     return None
 
 
-def ray_processes(process: subprocess.Popen[str]) -> dict[str, list[int]]:
+def ray_processes(process: Process) -> dict[str, list[int]]:
     """Return the processes of Ray that a process has started, by what they are (Linux)."""
     parents: dict[int, int] = {}
     commands: dict[int, str] = {}
@@ -188,7 +200,7 @@ def rows_of(metrics: Path) -> int:
     return metrics.read_text(encoding="utf-8").count("\n") - 1
 
 
-def holds(process: subprocess.Popen[str], run_dir: Path) -> bool:
+def holds(process: Process, run_dir: Path) -> bool:
     """Whether a process has the lock of a run; the file of a killed one stays."""
     try:
         return json.loads((run_dir / LOCK).read_text(encoding="utf-8"))["pid"] == process.pid
@@ -196,7 +208,7 @@ def holds(process: subprocess.Popen[str], run_dir: Path) -> bool:
         return False
 
 
-def phase(process: subprocess.Popen[str], run_dir: Path) -> str:
+def phase(process: Process, run_dir: Path) -> str:
     """Return what a process is doing, as far as its files tell."""
     if not holds(process, run_dir):
         return "start-up"
@@ -207,7 +219,7 @@ def phase(process: subprocess.Popen[str], run_dir: Path) -> str:
     return "writing" if temporary else "scoring" if rows >= GENERATIONS else "training"
 
 
-def handles_signals(process: subprocess.Popen[str]) -> bool:
+def handles_signals(process: Process) -> bool:
     """Whether Python has begun to run the command, and handles SIGHUP."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
@@ -221,7 +233,7 @@ def said_what_to_do(said: str) -> bool:
     return said.count("error: ") == 1 and ("continue with: " in said or "training had not begun" in said)
 
 
-def disturb(process: subprocess.Popen[str], folder: Path, event: str, dice: random.Random, counts: Counts) -> list[str]:
+def disturb(process: Process, folder: Path, event: str, dice: random.Random, counts: Counts) -> list[str]:
     """Let an event happen to a process, wait for its end, and return what went wrong."""
     problems: list[str] = []
     kind = doing = ""
@@ -281,7 +293,7 @@ def one_run(folder: Path, seed: int, counts: Counts, on_ray: bool = False) -> No
     more = ON_RAY if on_ray else ()
     whole = folder / "whole"
     whole.mkdir()
-    alone = start(whole, *command(whole, env_id, seed, *more[4:]))  # without the backend and its workers
+    alone = start(whole, *command(whole, env_id, seed, *more[4:]), fork=True)  # without the backend and its workers
     problems = disturb(alone, whole, "none", dice, counts)
     if problems:
         counts.problems += [f"seed {seed}, {env_id}, undisturbed: {problem}" for problem in problems]
@@ -290,9 +302,10 @@ def one_run(folder: Path, seed: int, counts: Counts, on_ray: bool = False) -> No
     while not ended:
         weights = (1, 1, 0, 0, 8) if on_ray else (8, 2, 1, 1, 0)
         event = dice.choices(("kill", "storm", "rival", "none", "ray"), weights)[0]
-        clock = dice.random() < 0.2
+        clock = dice.random() < 0.1
+        fork = not (clock or on_ray) and dice.random() < 0.8
         counts.events.update([event, "clock"] if clock else [event])
-        process = start(folder, *command(folder, env_id, seed, *more), clock=clock)
+        process = start(folder, *command(folder, env_id, seed, *more), clock=clock, fork=fork)
         problems = disturb(process, folder, event, dice, counts)
         counts.problems += [f"seed {seed}, {env_id}: {problem}" for problem in problems]
         ended = process.returncode == 0 and (folder / "run" / "evaluation.json").exists()

@@ -87,3 +87,26 @@ def test_a_clock_that_is_set_back(tmp_path: Path) -> None:
         check=True,
     )
     assert -7300 < float(run.stdout) < -3500
+
+
+def test_a_fork_ends_as_a_process_does(tmp_path: Path) -> None:
+    train = ("train", "CartPole-v1", *chaos.OPTIONS, "--generations", "3", "--run-dir", "run")
+    ends = []
+    for fork in (True, False):
+        folder = tmp_path / str(fork)
+        folder.mkdir()
+        trained, refused = (chaos.start(folder, *said, fork=fork) for said in (train, ("no-command",)))
+        _, error = refused.communicate(timeout=100)
+        out, _ = trained.communicate(timeout=100)
+        ends.append((trained.returncode, refused.returncode, error, "run directory" in out))
+    assert ends[0] == ends[1]
+    assert ends[0][:2] == (0, 2)
+    assert chaos.difference(tmp_path / "True" / "run", tmp_path / "False" / "run") is None
+
+
+def test_a_fork_can_be_killed(tmp_path: Path) -> None:
+    process = chaos.start(tmp_path, *chaos.command(tmp_path, "CartPole-v1", 0), fork=True)
+    assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGKILL
