@@ -341,11 +341,13 @@ def full_disk(folder: Path, seed: int, free_pages: int, counts: Counts) -> None:
     env_id, small = "CartPole-v1", ("--generations", "24", "--keep-checkpoints", "8")
     disk, whole = folder / "disk", folder / "whole"
     whole.mkdir()
-    problems = disturb(start(whole, *command(whole, env_id, seed, *small)), whole, "none", random.Random(seed), counts)
+    problems = disturb(
+        start(whole, *command(whole, env_id, seed, *small), fork=True), whole, "none", random.Random(seed), counts
+    )
     with small_disk(disk, 1024):
         room = shutil.disk_usage(disk).free - free_pages * PAGE
         (disk / "filler").write_bytes(b"1" * room)
-        process = start(disk, *command(disk, env_id, seed, *small))
+        process = start(disk, *command(disk, env_id, seed, *small), fork=True)
         _, said = process.communicate(timeout=LONGEST_S)
         named = re.search(r"No space left on device: '?([^';]*)", said)
         failed = process.returncode == 2 and said.count("error: ") == 1 and named is not None
@@ -356,7 +358,7 @@ def full_disk(folder: Path, seed: int, free_pages: int, counts: Counts) -> None:
         if not (disk / "run" / "config.json").exists():
             shutil.rmtree(disk / "run", ignore_errors=True)
         problems += disturb(
-            start(disk, *command(disk, env_id, seed, *small)), disk, "none", random.Random(seed), counts
+            start(disk, *command(disk, env_id, seed, *small), fork=True), disk, "none", random.Random(seed), counts
         )
         try:
             found = difference(disk / "run", whole / "run")
