@@ -285,7 +285,21 @@ def _lunar_lander(env_id: str) -> TrainConfig:
 
 
 def _bipedal_walker(env_id: str) -> TrainConfig:
-    return TrainConfig.of(env_id, env_steps=10_000_000, population_size=64, **_CLIPUP)
+    # Falling costs so much that small perturbations only teach to stand still; large ones find steps forward, and short
+    # episodes at first make them cheap.
+    return TrainConfig.of(
+        env_id,
+        env_steps=5_000_000,
+        episode_cap=400,
+        episode_cap_until=1.0,
+        shaping="differences",
+        policy="linear",
+        squash="tanh",
+        population_size=64,
+        sigma=0.1,
+        learning_rate=0.02,
+        score_every=5,
+    )
 
 
 _PRESETS = {

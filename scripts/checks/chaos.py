@@ -263,7 +263,7 @@ def disturb(process: Process, folder: Path, event: str, dice: random.Random, cou
         with contextlib.suppress(ProcessLookupError):
             os.kill(dice.choice(found[kind]), signal.SIGKILL) if found else process.kill()
     elif event == "rival":
-        while process.poll() is None and not (folder / "run" / LOCK).exists():
+        while process.poll() is None and not holds(process, folder / "run"):
             time.sleep(0.01)
         rival = start(folder, "resume", "run")
         _, said = rival.communicate(timeout=LONGEST_S)
