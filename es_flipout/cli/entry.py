@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from es_flipout.errors import UserError, gpu_fault
-from es_flipout.training.signals import Stopped, raise_stopped, stop_on_signals
+from es_flipout.training.signals import Handler, Stopped, raise_stopped, stop_on_signals
 
 # Each command is the function ``run`` of the module of the same name.
 _COMMANDS = {
@@ -37,24 +38,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    with stop_on_signals(raise_stopped, at_the_end=argv is None) as signals:
-        try:
-            return _run(arguments)
-        except BrokenPipeError:  # the reader, such as head, closed the pipe
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            return 0
-        except KeyboardInterrupt as stop:
-            notes = "; ".join([str(stop) or "interrupted", *getattr(stop, "__notes__", ())])
-            print(notes, file=sys.stderr)
-            return 128 + stop.number if isinstance(stop, Stopped) else 130
-        except Exception as error:
-            line = _line(error)
-            if line is None:
-                raise
-            if with_traceback:
-                traceback.print_exception(error)
-            print(f"error: {' '.join(line.split())}", file=sys.stderr)
-            return 2 if signals.number is None else 128 + signals.number
+    code = 130
+    # One more Ctrl-C can come when everything was saved and said, and the process is about to end.
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        stop_on_signals(raise_stopped, at_the_end=argv is None) as signals,
+    ):
+        code = _answered(arguments, with_traceback, signals)
+    return code
+
+
+def _answered(arguments: list[str], with_traceback: bool, signals: Handler) -> int:
+    """Run a command, say why it ended early if it did, and return the exit code."""
+    try:
+        return _run(arguments)
+    except BrokenPipeError:  # the reader, such as head, closed the pipe
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except KeyboardInterrupt as stop:
+        notes = "; ".join([str(stop) or "interrupted", *getattr(stop, "__notes__", ())])
+        print(notes, file=sys.stderr)
+        return 128 + stop.number if isinstance(stop, Stopped) else 130
+    except Exception as error:
+        line = _line(error)
+        if line is None:
+            raise
+        if with_traceback:
+            traceback.print_exception(error)
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        return 2 if signals.number is None else 128 + signals.number
 
 
 def _run(arguments: list[str]) -> int:
