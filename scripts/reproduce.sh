@@ -29,10 +29,12 @@ run families scripts/learning/families.py # 126: train_s
 run learning scripts/learning/presets.py --envs CartPole-v1 Acrobot-v1 MountainCar-v0 MountainCarContinuous-v0 InvertedPendulum-v5 \
     Reacher-v5 Pusher-v5 HalfCheetah-v5 # 35: train_s
 run learning scripts/learning/presets.py --envs Pendulum-v1 InvertedDoublePendulum-v5 Swimmer-v5 Hopper-v5 --seeds {0..9} # 60: train_s
-run learning scripts/learning/presets.py --envs Walker2d-v5 --env-steps 3000000 # 12: train_s
+run learning scripts/learning/presets.py --envs Walker2d-v5 # 60: train_s
 run learning scripts/learning/presets.py --envs LunarLander-v3 --env-steps 1000000 # 6: train_s
 run learning scripts/learning/presets.py --envs Ant-v5 --seeds 0 1 2 --env-steps 1000000 # 5: train_s
 run learning scripts/learning/presets.py --envs HumanoidStandup-v5 --seeds 0 1 2 --env-steps 500000 # 6: train_s
+run learning scripts/learning/presets.py --envs Humanoid-v5 --seeds 0 1 2 --env-steps 1000000 # 15: train_s
+run learning scripts/learning/presets.py --envs BipedalWalker-v3 --seeds 0 1 2 --env-steps 1500000 # 12: train_s
 run methods scripts/learning/methods.py --envs HalfCheetah-v5 Swimmer-v5 --seeds 0 1 2 # 30: train_s
 run memory scripts/learning/memory.py   # 8: train_s
 run against_rl scripts/learning/against_rl.py --venv "${TMPDIR:-/tmp}/es_flipout_rl" # 285: wall_s, and evaluation; 1.5 GB to install
