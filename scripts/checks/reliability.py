@@ -61,7 +61,7 @@ def table(folder: Path) -> str:
     rows = rows_of_fuzz(files["fuzz.json"]) if "fuzz.json" in files else []
     for on_ray in (False, True):
         some = [found for found in chaos if bool(found["kills_of_ray"]) == on_ray]
-        rows += rows_of_chaos(some, " on Ray" if on_ray else "") if some else []
+        rows += rows_of_chaos(some, "on Ray, " if on_ray else "") if some else []
     problems = [
         f"- `{name}`: {' '.join(str(each).split())}"
         for name, found in files.items()
@@ -95,12 +95,15 @@ def rows_of_chaos(files: list[dict[str, Any]], where: str) -> list[tuple[str, ob
     problems = sum(len(found["problems"]) for found in files)
     full = sum((Counter(found["disk_full_at"]) for found in files), Counter[str]())
     rows: list[tuple[str, object, object]] = [
-        (f"disturbed runs{where}", sum(found["runs"] for found in files) + full.total(), problems)
+        (f"{where}disturbed runs", sum(found["runs"] for found in files) + full.total(), problems)
     ]
     for key, said in kinds.items():
         counts = sum((Counter(found[key]) for found in files), Counter[str]())
-        rows += [(f"{said}: {name}{where}", count, "") for name, count in sorted(counts.items())]
-    rows += [(f"disk full at: {name}", count, "") for name, count in sorted(full.items())]
+        rows += [(f"{where}{said}: {name}", count, "") for name, count in sorted(counts.items())]
+    rows += [
+        ("disk not full: the run fitted" if name == "none" else f"disk full at: {name}", count, "")
+        for name, count in sorted(full.items())
+    ]
     return rows + [(f"not done: {why}", "", "") for found in files for why in found["not_done"]]
 
 

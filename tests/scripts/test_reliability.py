@@ -36,8 +36,8 @@ def test_table(tmp_path: Path) -> None:
     for row in (
         "| malformed inputs | 5 | 1 |",
         "| malformed input: options | 3 | 0 |",
-        "| disturbed runs on Ray | 4 | 1 |",
-        "| process killed: raylet on Ray | 9 |  |",
+        "| on Ray, disturbed runs | 4 | 1 |",
+        "| on Ray, process killed: raylet | 9 |  |",
         "| disturbed runs | 10 | 0 |",
         "| killed in: training | 6 |  |",
         "| disk full at: config.json | 2 |  |",
