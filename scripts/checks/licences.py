@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 PAGE = Path(__file__).parents[2] / "docs" / "licences.md"
 EXTRAS = ("ray", "gpu", "pixels", "box2d")
+_OF_CUDA_BUILDS = re.compile(r"nvidia-|cuda-|triton$")  # brought by torch where it is a build for CUDA
 _CLASSIFIER = "License :: OSI Approved :: "
 
 
@@ -40,6 +41,8 @@ def needed(extra: str = "") -> dict[str, Distribution | None]:
         for text in package.requires or []:
             wanted = Requirement(text)
             marker = wanted.marker
+            if _OF_CUDA_BUILDS.match(canonicalize_name(wanted.name)):
+                continue
             if marker is None or any(marker.evaluate({"extra": each}) for each in extras or {""}):
                 waiting.append((canonicalize_name(wanted.name), frozenset(wanted.extras or {""})))
     del found["es-flipout"]
@@ -80,6 +83,7 @@ def page() -> str:
         "",
         "es_flipout is licensed under Apache-2.0. It contains no code of its dependencies, which `pip` installs beside it. This",
         "page is made by `scripts/checks/licences.py` from the metadata of the packages in the tested set (`constraints.txt`).",
+        "A build of torch for CUDA also brings Triton (MIT) and CUDA's libraries, under NVIDIA's own licences.",
         "",
         "## es-flipout",
         "",
