@@ -42,10 +42,6 @@ def train(config: TrainConfig, run_dir: Path | None = None, reporter: Silent | N
     return trainer
 
 
-def tensors(trainer: Trainer) -> dict[str, Tensor]:
-    return trainer.tensors()
-
-
 def weights(trainer: Trainer) -> Tensor:
     return torch.cat([p.flatten() for p in trainer.strategy.mean_module().parameters()]).detach()
 

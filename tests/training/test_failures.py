@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from training_runs import CARTPOLE, Heard, assert_same, rows, tensors, train, weights
+from training_runs import CARTPOLE, Heard, assert_same, rows, train, weights
 
 from es_flipout.config import TrainConfig
 from es_flipout.envs.base import EnvironmentFailureError, UnsupportedEnvironmentError
@@ -107,7 +107,7 @@ def test_an_environment_that_raises_keeps_the_generations_before(
     # The environment recovers, and the run continues as if nothing had happened.
     resumed = resume_trainer(tmp_path / "broken")
     resumed.train()
-    assert_same(tensors(resumed), tensors(whole))
+    assert_same(resumed.tensors(), whole.tensors())
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
 
 
@@ -120,7 +120,7 @@ def test_an_environment_that_raises_while_it_is_scored_loses_no_row(tmp_path: Pa
         train(odd.replace(env_kwargs=f'{{"fail_at": {fail_at}}}'), tmp_path / "broken")
     resumed = resume_trainer(tmp_path / "broken")
     resumed.train()
-    assert_same(tensors(resumed), tensors(whole))
+    assert_same(resumed.tensors(), whole.tensors())
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from toy_envs import ToyEnv, lanes_of
-from training_runs import CARTPOLE, HOPPER, TIMES, assert_same, rows, tensors, train, weights
+from training_runs import CARTPOLE, HOPPER, TIMES, assert_same, rows, train, weights
 
 from es_flipout.config import TrainConfig
 from es_flipout.errors import UserError
@@ -164,7 +164,7 @@ def test_a_run_directory_holds_what_it_must(tmp_path: Path) -> None:
     assert TrainConfig.from_json((run_dir / "config.json").read_text(encoding="utf-8")) == trainer.config
     assert [path.stem for path in checkpoints(run_dir / "checkpoints")] == ["generation_000003", "generation_000004"]
     saved, progress = load_checkpoint(run_dir / "checkpoints")
-    assert_same(saved, tensors(trainer))
+    assert_same(saved, trainer.tensors())
     assert progress == trainer.progress
     names: dict[Which, str] = {"last": "policy", "best": "best"}
     for which, name in names.items():
@@ -203,7 +203,7 @@ def test_a_checkpoint_is_there_from_the_start(tmp_path: Path) -> None:
     trainer.create()
     saved, progress = load_checkpoint(tmp_path / "checkpoints")
     assert progress == Progress(generation=0, env_steps=0, wall_s=0.0, score=None)
-    assert_same(saved, tensors(trainer))
+    assert_same(saved, trainer.tensors())
 
 
 def test_the_player_is_closed_before_the_final_score(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_a_run_directory_that_exists_is_left_alone(tmp_path: Path, taken: str) -
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path) -> None:
     first, again = train(CARTPOLE, tmp_path / "first"), train(CARTPOLE, tmp_path / "again")
-    assert_same(tensors(first), tensors(again))
+    assert_same(first.tensors(), again.tensors())
     assert rows(tmp_path / "first") == rows(tmp_path / "again")
     other = train(CARTPOLE.replace(seed=1), tmp_path / "other")
     assert not torch.equal(weights(first), weights(other))
@@ -249,7 +249,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path) -> Non
 def test_scoring_does_not_change_training(config: TrainConfig) -> None:
     often = train(config.replace(score_every=1, score_episodes=7))
     seldom = train(config.replace(score_every=1000, score_episodes=1))
-    assert_same(tensors(often), tensors(seldom))
+    assert_same(often.tensors(), seldom.tensors())
     assert often.progress.env_steps == seldom.progress.env_steps
 
 
@@ -259,7 +259,7 @@ def test_slots_do_not_change_a_run(tmp_path: Path, config: TrainConfig) -> None:
     runs = {slots: train(config.replace(slots=slots), tmp_path / str(slots)) for slots in (6, 8, 32)}
     assert sum(env.num_envs for env in lanes_of(runs[6])) == 6
     for slots in (6, 8):
-        assert_same(tensors(runs[slots]), tensors(runs[32]))
+        assert_same(runs[slots].tensors(), runs[32].tensors())
         assert rows(tmp_path / str(slots), (*TIMES, "score")) == rows(tmp_path / "32", (*TIMES, "score"))
 
 
@@ -279,7 +279,7 @@ def test_threads_and_overlap_do_not_change_a_run(tmp_path: Path) -> None:
     threads = train(config.replace(threads=2), tmp_path / "threads")
     assert [len(lanes_of(trainer)) for trainer in (plain, overlapped, threads)] == [1, 2, 2]
     for trainer, name in ((overlapped, "overlapped"), (threads, "threads")):
-        assert_same(tensors(trainer), tensors(plain))
+        assert_same(trainer.tensors(), plain.tensors())
         assert rows(tmp_path / name) == rows(tmp_path / "plain")
 
 
